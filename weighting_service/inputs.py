@@ -1,0 +1,188 @@
+"""Checks what callers send against a weighter's spec and turns it into Inputs. Knows no wire format and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from weighting_contract.errors import InvalidArgument
+from weighting_contract.spec import WeighterSpec
+from weighting_service.domain import Inputs, RawInputs
+
+Tokenize = Callable[[tuple[str, ...]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """Largest batch that one call may send."""
+
+    samples: int = 8192
+    tokens: int = 4_194_304  # padded
+
+
+def check_inputs(
+    raw: RawInputs,
+    spec: WeighterSpec,
+    *,
+    limits: BatchLimits,
+    vocabulary_size: int | None = None,
+    column_order: tuple[str, ...] = (),
+    tokenize: Tokenize | None = None,
+) -> Inputs:
+    """Inputs as the weighter takes them: float32 columns in the spec's order, int64 ids, B rows everywhere.
+
+    Args:
+        raw: what the caller sent.
+        spec: of the weighter.
+        limits: largest batch admitted.
+        vocabulary_size: of the token encoder; ids must lie below it.
+        column_order: names of the feature columns as the caller sends them; empty: in the spec's order.
+        tokenize: turns texts into ids, absent where the weighter has no tokenizer.
+
+    Raises:
+        InvalidArgument: names the field, what was given and what is expected.
+    """
+    features = _floats(raw.features, "features", *_feature_width(spec))
+    hidden = _floats(
+        raw.hidden, "hidden", spec.features.hidden_size if spec.features else 0, "spec.features.hidden_size"
+    )
+    tokens, lengths = _token_rows(raw, spec, limits, vocabulary_size, tokenize)
+    inputs = Inputs(_reorder(features, spec, column_order), hidden, tokens, lengths)
+    rows = {name: len(array) for name, array in inputs.arrays().items()}
+    if len(set(rows.values())) > 1:
+        raise InvalidArgument(f"every input needs one row a sample, got {rows}")
+    if inputs.samples == 0:
+        raise InvalidArgument(f"{next(iter(rows))} has no rows; a batch needs at least one sample")
+    if inputs.samples > limits.samples:
+        raise InvalidArgument(f"the batch has {inputs.samples} samples, this service takes at most {limits.samples}")
+    return inputs
+
+
+def _feature_width(spec: WeighterSpec) -> tuple[int, str]:
+    return (len(spec.features.names) if spec.features else 0), "the columns that the weighter's spec names"
+
+
+def _floats(array: np.ndarray | None, field: str, width: int, source: str) -> np.ndarray | None:
+    """`array` as float32 [B, width], or None where the spec has no such input."""
+    if width == 0:
+        if array is not None:
+            raise InvalidArgument(f"{field} were given, but this weighter's spec takes none; leave them out")
+        return None
+    if array is None:
+        raise InvalidArgument(f"{field} are missing; this weighter needs [B, {width}] ({source})")
+    if array.dtype.kind not in "fiu":
+        raise InvalidArgument(f"{field} has dtype {array.dtype.name}, expected a floating type")
+    if array.ndim != 2 or array.shape[1] != width:
+        raise InvalidArgument(f"{field} has shape {list(array.shape)}, expected [B, {width}] ({source})")
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(array, dtype=np.float32)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise InvalidArgument(f"{field}[{row}, {column}] is {array[row, column]}, expected a finite float32")
+    return values
+
+
+def _reorder(features: np.ndarray | None, spec: WeighterSpec, order: tuple[str, ...]) -> np.ndarray | None:
+    if features is None or not order or spec.features is None or order == spec.features.names:
+        return features
+    return np.ascontiguousarray(features[:, [order.index(name) for name in spec.features.names]])
+
+
+def check_feature_names(names: tuple[str, ...], spec: WeighterSpec) -> None:
+    """Raises InvalidArgument where a job's columns are not exactly those of the spec, in any order."""
+    if not names:
+        return
+    expected = spec.features.names if spec.features else ()
+    extra = [n for n in names if n not in expected]
+    missing = [n for n in expected if n not in names]
+    if extra or missing or len(names) != len(expected):
+        raise InvalidArgument(
+            f"feature_names don't fit the weighter's spec: not in the spec {extra}, missing {missing}; "
+            f"expected the names {list(expected)} in any order, each once"
+        )
+
+
+def _token_rows(
+    raw: RawInputs, spec: WeighterSpec, limits: BatchLimits, vocabulary_size: int | None, tokenize: Tokenize | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    given = [name for name, value in (("tokens", raw.tokens), ("texts", raw.texts or None)) if value is not None]
+    if spec.tokens is None:
+        if given or raw.lengths is not None:
+            raise InvalidArgument(f"{(given or ['lengths'])[0]} were given, but this weighter's spec reads no tokens")
+        return None, None
+    if len(given) != 1:
+        raise InvalidArgument(f"this weighter reads tokens: give either tokens or texts, got {given or 'neither'}")
+    if raw.texts:
+        tokens, lengths = _from_texts(raw, spec.tokens.max_tokens, tokenize)
+    else:
+        assert raw.tokens is not None
+        tokens, lengths = _from_ids(raw.tokens, raw.lengths, spec.tokens.max_tokens)
+    if tokens.size > limits.tokens:
+        raise InvalidArgument(f"the batch has {tokens.size} padded tokens, this service takes at most {limits.tokens}")
+    real = np.arange(tokens.shape[1]) < lengths[:, None]
+    tokens = np.where(real, tokens, 0)
+    outside = (tokens < 0) | (tokens >= vocabulary_size) if vocabulary_size is not None else tokens < 0
+    if outside.any():
+        row, column = (int(i) for i in np.argwhere(outside)[0])
+        raise InvalidArgument(
+            f"tokens[{row}, {column}] is {tokens[row, column]}, expected an id from 0 to {(vocabulary_size or 0) - 1}"
+        )
+    return tokens, lengths
+
+
+def _from_texts(raw: RawInputs, max_tokens: int, tokenize: Tokenize | None) -> tuple[np.ndarray, np.ndarray]:
+    if tokenize is None:
+        raise InvalidArgument("texts were given, but this weighter's spec names no tokenizer; send token ids")
+    if raw.lengths is not None:
+        raise InvalidArgument("lengths go with tokens, not with texts; leave them out")
+    rows = [ids[:max_tokens] for ids in tokenize(raw.texts)]
+    for i, row in enumerate(rows):
+        if not row:
+            raise InvalidArgument(f"texts[{i}] has no tokens, expected a text that is not empty")
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int64)
+
+
+def _from_ids(tokens: np.ndarray, lengths: np.ndarray | None, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    if tokens.dtype.kind not in "iu":
+        raise InvalidArgument(f"tokens has dtype {tokens.dtype.name}, expected an integer type")
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise InvalidArgument(f"tokens has shape {list(tokens.shape)}, expected [B, T] with T of at least 1")
+    if tokens.shape[1] > max_tokens:
+        raise InvalidArgument(f"tokens has rows of {tokens.shape[1]}, this weighter's spec takes at most {max_tokens}")
+    if lengths is None:
+        lengths = np.full(len(tokens), tokens.shape[1])
+    if lengths.dtype.kind not in "iu" or lengths.shape != (len(tokens),):
+        raise InvalidArgument(
+            f"lengths is {lengths.dtype.name} of shape {list(lengths.shape)}, expected integers of [{len(tokens)}]"
+        )
+    wrong = (lengths < 1) | (lengths > tokens.shape[1])
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise InvalidArgument(f"lengths[{i}] is {lengths[i]}, expected a value from 1 to {tokens.shape[1]}")
+    return tokens.astype(np.int64), lengths.astype(np.int64)
+
+
+def check_cotangent(cotangent: np.ndarray, samples: int) -> np.ndarray:
+    """The cotangent as float32 [B]. Raises InvalidArgument where it can't teach: wrong shape, not finite, constant."""
+    if cotangent.dtype.kind != "f" or cotangent.shape != (samples,):
+        raise InvalidArgument(
+            f"cotangent is {cotangent.dtype.name} of shape {list(cotangent.shape)}, expected floats of [{samples}], "
+            f"one a sample of the inputs"
+        )
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(cotangent, dtype=np.float32)
+    if not np.isfinite(values).all():
+        i = int(np.argmin(np.isfinite(values)))
+        raise InvalidArgument(f"cotangent[{i}] is {cotangent[i]}, expected finite numbers")
+    if samples < 2 or (values == values[0]).all():
+        raise InvalidArgument(
+            f"cotangent is the same for all {samples} samples ({values[0]:g}), so there is nothing to learn from it; "
+            "check that the losses depend on the parameters and that the batch has at least two samples"
+        )
+    return values

@@ -1,0 +1,98 @@
+"""Settings of the service: flag, else environment (WEIGHBRIDGE_...), else file, else default; `--help` shows them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from weighting_contract.errors import InvalidArgument
+
+
+class Settings(BaseSettings):
+    """Weighbridge's weighting service: hosts data weighting models over gRPC and REST."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="WEIGHBRIDGE_",
+        cli_prog_name="python -m weighting_service",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        extra="forbid",
+    )
+
+    config: Path | None = Field(None, description="TOML file with any of these settings, underscores in their names")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    grpc_port: int = Field(50051, ge=0, le=65535, description="port for gRPC; 0 takes a free one")
+    rest_port: int = Field(8080, ge=0, le=65535, description="port for REST, health and metrics; 0 takes a free one")
+    state: Path = Field(Path("weighbridge-state"), description="directory of the update log and the snapshots")
+    models: Path | None = Field(None, description="directory of encoder models and tokenizers that specs may name")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one")
+    threads: int = Field(0, ge=0, description="CPU threads for torch; 0: torch's own choice")
+    snapshot_every: int = Field(200, ge=1, description="updates between two snapshots of a weighter")
+    snapshots_kept: int = Field(3, ge=1, description="snapshots kept of each weighter")
+    max_message_mb: int = Field(64, ge=1, le=1024, description="largest request, MiB")
+    max_batch_samples: int = Field(8192, ge=1, description="most samples a batch")
+    max_batch_tokens: int = Field(4_194_304, ge=1, description="most padded tokens a batch")
+    max_queued_calls: int = Field(256, ge=1, description="Score calls waiting for the device before refusing more")
+    samples_per_pass: int = Field(8192, ge=1, description="most samples that one forward pass takes from several calls")
+    tokens_per_pass: int = Field(65_536, ge=1, description="most padded tokens that one forward pass takes likewise")
+    max_pending_updates: int = Field(1000, ge=1, description="updates logged but not yet applied before refusing more")
+    drain_s: float = Field(10.0, ge=0, le=600, description="seconds that calls under way get at SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what to log")
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if value not in ("auto", "cpu", "cuda") and not (value.startswith("cuda:") and value[5:].isdigit()):
+            raise ValueError(f"{value!r} is not a device; expected auto, cpu, cuda or cuda:N")
+        return value
+
+
+def load_settings(arguments: list[str]) -> Settings:
+    """Settings from command-line arguments, environment and file, in this order of precedence.
+
+    Raises:
+        InvalidArgument: naming the setting, what was given and what is expected.
+        SystemExit: from `--help` (0) and unknown flags (2), with the words already printed.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path, default=os.environ.get("WEIGHBRIDGE_CONFIG"))
+    file = early.parse_known_args(arguments)[0].config
+
+    class WithFile(Settings):
+        __doc__ = Settings.__doc__
+        model_config = SettingsConfigDict(toml_file=file)
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    if file is not None and not Path(file).is_file():
+        raise InvalidArgument(f"config is {str(file)!r}, expected a TOML file")
+    try:
+        return WithFile(_cli_parse_args=arguments)  # type: ignore[call-arg]
+    except tomllib.TOMLDecodeError as exc:
+        raise InvalidArgument(f"config {file} is not TOML: {exc}") from exc
+    except ValidationError as exc:
+        sentences = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')} (given: {e['input']!r})"
+            for e in exc.errors()
+        ]
+        raise InvalidArgument("; ".join(sentences)) from exc

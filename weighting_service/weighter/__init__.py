@@ -1,0 +1,9 @@
+"""The data weighting model and how it learns: torch only, no threads, no transport, no log.
+
+The one state machine of a weighter: `score` reads its published state, `apply` moves it on by one meta-update.
+"""
+
+from weighting_service.weighter.export import load_parameters, load_weighter, save_weighter, weighter_files
+from weighting_service.weighter.learner import Published, Weighter
+
+__all__ = ["Published", "Weighter", "load_parameters", "load_weighter", "save_weighter", "weighter_files"]

@@ -1,0 +1,111 @@
+"""Protobuf messages <-> domain values. Knows no use case."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from google.protobuf import json_format
+
+from protos.weighting.v1 import weighting_pb2 as pb
+from weighting_contract.errors import InvalidArgument
+from weighting_contract.spec import WeighterSpec
+from weighting_contract.tensors import from_message, to_message
+from weighting_service.domain import Estimator, LearningStatistics, RawInputs, Role, Scores
+
+if TYPE_CHECKING:
+    from weighting_service.service import JobView, WeighterView
+
+ROLES = {pb.ROLE_UNSPECIFIED: Role.LEARN, pb.ROLE_LEARN: Role.LEARN, pb.ROLE_FROZEN: Role.FROZEN}
+ESTIMATORS = {
+    pb.ESTIMATOR_UNSPECIFIED: Estimator.VJP,
+    pb.ESTIMATOR_VJP: Estimator.VJP,
+    pb.ESTIMATOR_SCORE_FUNCTION: Estimator.SCORE_FUNCTION,
+}
+
+
+def spec_from_message(message: pb.WeighterSpec) -> WeighterSpec:
+    """The spec; what the message leaves out has its default. Raises InvalidArgument."""
+    return WeighterSpec.from_dict(json_format.MessageToDict(message, preserving_proto_field_name=True))
+
+
+def spec_to_message(spec: WeighterSpec) -> pb.WeighterSpec:
+    return json_format.ParseDict(spec.to_dict(), pb.WeighterSpec())
+
+
+def role_from_message(value: pb.Role) -> Role:
+    if value not in ROLES:
+        raise InvalidArgument(f"role is {value}, expected ROLE_LEARN (1) or ROLE_FROZEN (2)")
+    return ROLES[value]
+
+
+def estimator_from_message(value: pb.Estimator) -> Estimator:
+    if value not in ESTIMATORS:
+        raise InvalidArgument(f"estimator is {value}, expected ESTIMATOR_VJP (1) or ESTIMATOR_SCORE_FUNCTION (2)")
+    return ESTIMATORS[value]
+
+
+def inputs_from_message(message: pb.Inputs) -> RawInputs:
+    """The arrays of a batch, views of the message's bytes. Raises InvalidArgument where bytes and shape disagree."""
+    given = {
+        name: from_message(getattr(message, name), f"inputs.{name}")
+        for name in ("features", "hidden", "tokens", "lengths")
+        if message.HasField(name)
+    }
+    return RawInputs(**given, texts=tuple(message.texts))
+
+
+def scores_to_message(scores: Scores) -> pb.ScoreResponse:
+    return pb.ScoreResponse(
+        weights=to_message(scores.weights),
+        position=scores.position,
+        effective_sample_size=scores.effective_sample_size,
+        logits=to_message(scores.logits),
+    )
+
+
+def weighter_to_message(view: WeighterView) -> pb.Weighter:
+    return pb.Weighter(
+        name=view.record.name,
+        spec=spec_to_message(view.record.spec),
+        position=view.position,
+        applied_position=view.applied_position,
+        parameters=view.parameters,
+        jobs_open=view.jobs_open,
+        learning=_learning(view.learning, view.duplicates, view.refused),
+        created_unix_ms=view.record.created_unix_ms,
+    )
+
+
+def _learning(learning: LearningStatistics, duplicates: int, refused: int) -> pb.LearningStatistics:
+    return pb.LearningStatistics(
+        updates_applied=learning.updates_applied,
+        updates_skipped=learning.updates_skipped,
+        duplicates=duplicates,
+        refused=refused,
+        gradient_norm=learning.gradient_norm,
+        logit_std=learning.logit_std,
+        effective_share=learning.effective_share,
+        signal_correlation=learning.signal_correlation,
+        jobs={
+            job_id: pb.JobStatistics(
+                updates_applied=job.updates_applied,
+                cotangent_rms=job.cotangent_rms,
+                signal_correlation=job.signal_correlation,
+            )
+            for job_id, job in learning.jobs.items()
+        },
+    )
+
+
+def job_to_message(view: JobView) -> pb.Job:
+    return pb.Job(
+        job_id=view.record.job_id,
+        weighter=view.weighter,
+        role=pb.ROLE_FROZEN if view.record.role is Role.FROZEN else pb.ROLE_LEARN,
+        open=view.record.open,
+        resumed=view.resumed,
+        position=view.position,
+        last_step=view.last_step,
+        last_position=view.last_position,
+        spec=spec_to_message(view.spec),
+    )
