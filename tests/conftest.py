@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import httpx
 import pytest
 
 from protos.weighting.v1 import weighting_pb2_grpc
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small models: more threads only fight for the cores
 
 READY = re.compile(r"ready: gRPC on [^ ]*:(\d+), REST on [^ ]*:(\d+)")
 

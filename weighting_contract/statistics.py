@@ -14,7 +14,7 @@ from weighting_contract.errors import InvalidArgument
 
 EASY_BELOW = 0.5  # nats; a token with a smaller loss counts as easy
 BOUND = 10.0  # no statistic leaves [-BOUND, BOUND]
-FLAT_BELOW = 1e-6  # a column whose values differ by less, relative to the largest, is constant: float32 rounding
+FLAT_BELOW = 1e-5  # a column that deviates by less, relative to its largest value, is constant but for rounding
 
 _QUANTILES = (0.10, 0.25, 0.50, 0.75, 0.90)
 _QUANTILE_NAMES = tuple(f"loss_q{round(100 * q)}" for q in _QUANTILES)
@@ -130,29 +130,36 @@ def standardise(raw: Tensor) -> Tensor:
         )
     column = dict(zip(RAW_NAMES, raw.float().unbind(1), strict=True))
     present = column["tokens"] > 0
-
-    def centred(name: str) -> Tensor:
-        """[B] the column less its mean over the samples that have tokens."""
-        values = torch.where(present, column[name], 0.0)
-        return torch.where(present, values - values.sum() / present.sum().clamp(min=1), 0.0)
-
-    def z(name: str) -> Tensor:
-        centre = centred(name)
-        deviation = (centre.square().sum() / present.sum().clamp(min=1)).sqrt()
-        size = torch.where(present, column[name], 0.0).abs().amax()
-        # Negated, so that NaN and infinity are no constants and come out as NaN.
-        varies = ~((deviation <= FLAT_BELOW * size) & size.isfinite())
-        return torch.where(varies, centre / deviation, 0.0)
-
     columns = {
         **column,
-        "loss_z": z("loss_mean"),
-        "gain_z": z("gain_mean"),
-        "unigram_centred": centred("unigram_mean"),
-        "unigram_z": z("unigram_mean"),
-        **{name: z(name) for name in _QUANTILE_NAMES},
+        "loss_z": z_scores(column["loss_mean"], present),
+        "gain_z": z_scores(column["gain_mean"], present),
+        "unigram_centred": _centred(column["unigram_mean"], present),
+        "unigram_z": z_scores(column["unigram_mean"], present),
+        **{name: z_scores(column[name], present) for name in _QUANTILE_NAMES},
     }
     return torch.stack([columns[name] for name in NAMES], 1).clamp(-BOUND, BOUND)
+
+
+def z_scores(values: Tensor, present: Tensor) -> Tensor:
+    """(values - mean) / std over the samples of a batch that count; 0 for the others and where all are equal.
+
+    Args:
+        values: [B] float32.
+        present: [B] bool, True for samples that have real tokens.
+    """
+    centre = _centred(values, present)
+    deviation = (centre.square().sum() / present.sum().clamp(min=1)).sqrt()
+    size = torch.where(present, values, 0.0).abs().amax()
+    # Negated, so that NaN and infinity are no constants and come out as NaN.
+    varies = ~((deviation <= FLAT_BELOW * size) & size.isfinite())
+    return torch.where(varies, centre / deviation, 0.0)
+
+
+def _centred(values: Tensor, present: Tensor) -> Tensor:
+    """[B] the values less their mean over the samples that count; 0 for the others."""
+    kept = torch.where(present, values, 0.0)
+    return torch.where(present, kept - kept.sum() / present.sum().clamp(min=1), 0.0)
 
 
 def unigram_nll_table(counts: Tensor) -> Tensor:
@@ -192,7 +199,9 @@ def _check_tokens(token_losses: Tensor, unigram_nll: Tensor, mask: Tensor | None
     if token_losses.ndim != 2 or not token_losses.numel():
         raise InvalidArgument(f"token_losses has shape {shape}, expected [B, T] with B and T of 1 or more")
     if unigram_nll.shape != token_losses.shape:
-        raise InvalidArgument(f"unigram_nll has shape {list(unigram_nll.shape)}, expected that of token_losses, {shape}")
+        raise InvalidArgument(
+            f"unigram_nll has shape {list(unigram_nll.shape)}, expected that of token_losses, {shape}"
+        )
     if mask is not None and (mask.shape != token_losses.shape or mask.dtype != torch.bool):
         raise InvalidArgument(
             f"mask is {str(mask.dtype).removeprefix('torch.')} of shape {list(mask.shape)}, "

@@ -34,6 +34,7 @@ class GrpcServer:
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.http2.min_ping_interval_without_data_ms", 30_000),  # clients keep long watches alive
                 ("grpc.so_reuseport", 0),  # else a second service would share the port unnoticed
             ]
         )

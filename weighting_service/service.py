@@ -145,7 +145,7 @@ class WeightingService:
         self._entries: dict[str, _Entry] = {}  # by name
         self._by_uid: dict[str, _Entry] = {}
         self._failed: dict[str, str] = {}  # weighters that could not be brought up, and why
-        self._creating: set[str] = set()
+        self._creation = asyncio.Lock()  # one at a time: jobs that start together ask for the same weighter
         self._jobs: dict[str, JobRecord] = {}
         self._fallback_steps: dict[str, int] = {}
         self._started = False
@@ -212,20 +212,18 @@ class WeightingService:
                 "the first a letter or digit"
             )
         spec.check()
-        if existing := self._entries.get(name):
-            return self._existing(existing, spec, exist_ok)
+        async with self._creation:
+            if existing := self._entries.get(name):
+                return self._existing(existing, spec, exist_ok)
+            return await self._create(name, spec)
+
+    async def _create(self, name: str, spec: WeighterSpec) -> WeighterView:
         if name in self._failed:
             raise AlreadyExists(f"weighter {name!r} exists, but is not served: {self._failed[name]}")
-        if name in self._creating:
-            raise Unavailable(f"weighter {name!r} is being created at this moment; try again")
-        self._creating.add(name)
-        try:
-            record = WeighterRecord(name, uuid.uuid4().hex, spec, time.time_ns() // 1_000_000)
-            weighter = await asyncio.to_thread(self._build, record)
-            await self._run_io(lambda: self._log.create_weighter(record))
-            entry = await self._host(record, weighter, 0)
-        finally:
-            self._creating.discard(name)
+        record = WeighterRecord(name, uuid.uuid4().hex, spec, time.time_ns() // 1_000_000)
+        weighter = await asyncio.to_thread(self._build, record)
+        await self._run_io(lambda: self._log.create_weighter(record))
+        entry = await self._host(record, weighter, 0)
         self._count()
         return self._view(entry)
 
@@ -437,12 +435,18 @@ class WeightingService:
         return await asyncio.get_running_loop().run_in_executor(self._io, work)
 
     def _check_open(self) -> None:
-        if self._draining:
-            raise Unavailable("the service is draining; use another one or try again when it is back")
+        if reason := self.not_ready_because():
+            raise Unavailable(f"{reason}; use another one or try again shortly")
+
+    def _check_loaded(self) -> None:
+        """What is not found while weighters are being loaded may be there soon."""
+        if not self._started:
+            raise Unavailable("the service is loading its weighters; try again shortly")
 
     def _entry(self, name: str) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
+            self._check_loaded()
             if name in self._failed:
                 raise Unavailable(f"weighter {name!r} is not served: {self._failed[name]}")
             known = ", ".join(sorted(self._entries)[:10]) or "none yet"
@@ -460,6 +464,7 @@ class WeightingService:
         job = await self._find_job(job_id)
         entry = self._by_uid.get(job.weighter_uid) if job else None
         if job is None or entry is None:
+            self._check_loaded()
             raise NotFound(f"there is no job {job_id!r}; open it first")
         if must_be_open and not job.open:
             raise FailedPrecondition(f"job {job_id!r} is closed; open it again to go on")

@@ -295,3 +295,18 @@ def test_health_and_reflection(service: Any) -> None:
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         answer = next(iter(reflection.ServerReflectionInfo(iter([request]))))
         assert "weighting.v1.WeightingService" in {s.name for s in answer.list_services_response.service}
+
+
+def test_a_zero_in_a_spec_is_a_zero(stub: Any) -> None:
+    head, learning = pb.HeadSpec(layers=0, min_effective_share=0), pb.LearningSpec(weight_decay=0, max_staleness=0)
+    spec = pb.WeighterSpec(features=SPEC.features, head=head, learning=learning)
+    made = stub.CreateWeighter(pb.CreateWeighterRequest(name="zeros", spec=spec)).spec
+    assert (made.head.layers, made.head.min_effective_share) == (0, 0)
+    assert (made.learning.weight_decay, made.learning.max_staleness) == (0, 0)
+    assert (made.head.width, made.learning.learning_rate) == (32, 3e-3)  # left out: the defaults
+
+
+def test_jobs_that_start_together_ask_for_the_same_weighter(stub: Any) -> None:
+    request = pb.CreateWeighterRequest(name="shared", spec=SPEC, exist_ok=True)
+    futures = [stub.CreateWeighter.future(request) for _ in range(6)]
+    assert len({future.result().created_unix_ms for future in futures}) == 1

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from weighting_contract.spec import WeighterSpec
 from weighting_service.domain import Estimator, Inputs, JobStatistics, LearningStatistics, MetaUpdate, Scores
+from weighting_service.weighter.cotangents import JobSignal, RunningMean, centred, correlation, scaled
 from weighting_service.weighter.model import DataWeightingModel, Samples
 from weighting_service.weighter.normalise import guarded, to_weights
-from weighting_service.weighter.signal import JobSignal, RunningMean, centred, correlation, scaled
 from weighting_service.weighter.state import State, check_tensors, state_from_json, state_to_json
 
 
@@ -151,13 +151,13 @@ class Weighter:
     def _learn(self, update: MetaUpdate) -> _Lesson | None:
         """One optimiser step; None, and nothing changed, where there is nothing to learn or a number isn't finite."""
         learning = self.spec.learning
-        if not np.isfinite(update.cotangent).all():
+        if not np.isfinite(update.cotangent).all() or (update.cotangent == update.cotangent[0]).all():
             return None
         cotangent = centred(update.cotangent)
         self._optimiser.zero_grad()
         logits = self._model(Samples.of([update.inputs], self.device))  # [B]
         given = logits.detach().cpu().double().numpy()
-        if not cotangent.any() or not np.isfinite(given).all():
+        if not np.isfinite(given).all():
             return None
         before = self._jobs.get(update.job_id, JobSignal())
         agreement = correlation(-cotangent, given)
@@ -249,6 +249,8 @@ class Weighter:
 
     def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Continues, bit for bit, where the state was taken. The metadata may have gone through JSON.
+
+        Not while another thread scores: parameters that never learn are shared with the published state.
 
         Raises:
             InvalidArgument: the state is not one of a weighter of this spec; nothing was changed then.

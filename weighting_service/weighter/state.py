@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weighting_contract.errors import InvalidArgument
 from weighting_service.domain import LearningStatistics
-from weighting_service.weighter.signal import JobSignal, RunningMean
+from weighting_service.weighter.cotangents import JobSignal, RunningMean
 
 FORMAT = 1
 

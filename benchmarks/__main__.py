@@ -1,0 +1,20 @@
+"""`python -m benchmarks`: every measurement, one after the other, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BENCHMARKS = ("score", "learning_cost")
+
+
+def main() -> int:
+    worst = 0
+    for name in BENCHMARKS:
+        print(f"== python -m benchmarks.{name}", flush=True)
+        worst = max(worst, subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

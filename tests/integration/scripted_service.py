@@ -1,0 +1,144 @@
+"""A real gRPC server with a scripted service behind it: counts what it is asked, and fails as a test tells it to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+
+from protos.weighting.v1 import weighting_pb2 as pb
+from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceServicer, add_WeightingServiceServicer_to_server
+from weighting_contract.tensors import from_message, to_message
+
+Fault = Callable[[Any, grpc.ServicerContext], None]
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    """The first true value of `condition`; fails the test where there is none in time."""
+    until = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < until, "the condition did not come true"
+        time.sleep(0.005)
+    return value
+
+
+def abort(code: grpc.StatusCode, message: str, **metadata: str) -> Fault:
+    """A fault that answers with a status; `retry_after_s="2"` becomes trailing metadata."""
+    trailing = tuple((key.replace("_", "-"), value) for key, value in metadata.items())
+
+    def fault(request: Any, context: grpc.ServicerContext) -> None:
+        context.set_trailing_metadata(trailing)
+        context.abort(code, message)
+
+    return fault
+
+
+class ScriptedService(WeightingServiceServicer):
+    """Weights are the first feature column, scaled to mean 1. Faults run before the method's own work, or after it."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, Fault] = {}
+        self.after: dict[str, Fault] = {}
+        self.calls: Counter[str] = Counter()
+        self.requests: dict[str, list[Any]] = {}
+        self.weighters: set[str] = {"default"}
+        self.jobs: set[str] = set()
+        self.log: dict[tuple[str, str], int] = {}  # (job, update id) -> position
+        self.answer_score: Callable[[np.ndarray], np.ndarray] = lambda w: w
+        self.released = threading.Event()
+        self._lock = threading.Lock()
+
+    def hang(self, request: Any, context: grpc.ServicerContext) -> None:
+        """A fault: no answer until the test ends or sets `released`."""
+        self.released.wait(30)
+
+    def steps_taught(self) -> list[int]:
+        return [request.step for request in self.requests.get("MetaUpdate", [])]
+
+    def CreateWeighter(self, request: Any, context: grpc.ServicerContext) -> pb.Weighter:
+        self._enter("CreateWeighter", request, context)
+        self.weighters.add(request.name)
+        return pb.Weighter(name=request.name, spec=request.spec)
+
+    def OpenJob(self, request: Any, context: grpc.ServicerContext) -> pb.Job:
+        self._enter("OpenJob", request, context)
+        if request.weighter not in self.weighters:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"there is no weighter {request.weighter!r}")
+        resumed = request.job_id in self.jobs
+        self.jobs.add(request.job_id)
+        return pb.Job(job_id=request.job_id, weighter=request.weighter, resumed=resumed, position=len(self.log))
+
+    def CloseJob(self, request: Any, context: grpc.ServicerContext) -> pb.Job:
+        self._enter("CloseJob", request, context)
+        return pb.Job(job_id=request.job_id)
+
+    def Heartbeat(self, request: Any, context: grpc.ServicerContext) -> pb.HeartbeatResponse:
+        self._enter("Heartbeat", request, context)
+        self._check_job(request, context)
+        return pb.HeartbeatResponse(position=len(self.log), applied_position=len(self.log))
+
+    def Score(self, request: Any, context: grpc.ServicerContext) -> pb.ScoreResponse:
+        self._enter("Score", request, context)
+        self._check_job(request, context)
+        column = from_message(request.inputs.features, "features")[:, 0].astype(np.float32)
+        weights = self.answer_score(column / column.mean())
+        return pb.ScoreResponse(
+            weights=to_message(weights), logits=to_message(weights), position=len(self.log), effective_sample_size=1.5
+        )
+
+    def MetaUpdate(self, request: Any, context: grpc.ServicerContext) -> pb.MetaUpdateResponse:
+        self._enter("MetaUpdate", request, context)
+        self._check_job(request, context)
+        with self._lock:
+            key = (request.job_id, request.update_id)
+            duplicate = key in self.log
+            position = self.log.setdefault(key, len(self.log) + 1)
+        self._run(self.after, "MetaUpdate", request, context)
+        return pb.MetaUpdateResponse(position=position, duplicate=duplicate, applied_position=position)
+
+    def WatchWeighter(self, request: Any, context: grpc.ServicerContext) -> Iterator[pb.Weighter]:
+        self._enter("WatchWeighter", request, context)
+        yield pb.Weighter(name=request.name, applied_position=len(self.log))
+        self.hang(request, context)
+
+    def _enter(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
+        with self._lock:
+            self.calls[method] += 1
+            self.requests.setdefault(method, []).append(request)
+        self._run(self.before, method, request, context)
+
+    def _run(self, faults: dict[str, Fault], method: str, request: Any, context: grpc.ServicerContext) -> None:
+        if fault := faults.get(method):
+            fault(request, context)
+
+    def _check_job(self, request: Any, context: grpc.ServicerContext) -> None:
+        if request.job_id not in self.jobs:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"there is no job {request.job_id!r}; open it first")
+
+
+class ScriptedServer:
+    """Listens on `port` (0: a free one) until `stop`."""
+
+    def __init__(self, service: ScriptedService, port: int = 0) -> None:
+        self.service = service
+        self._pool = ThreadPoolExecutor(16)
+        self._server = grpc.server(self._pool, options=[("grpc.so_reuseport", 0)])
+        add_WeightingServiceServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        self._server.start()
+
+    @property
+    def url(self) -> str:
+        return f"grpc://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        """As if killed: nothing under way is answered."""
+        self.service.released.set()
+        self._server.stop(None).wait()
+        self._pool.shutdown()

@@ -1,0 +1,300 @@
+"""The weighter as a state machine: replay, snapshots, skipped updates, exports, and scoring while it learns."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from weighting_contract.errors import InvalidArgument
+from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, TokenSpec, WeighterSpec
+from weighting_service.domain import Estimator, Inputs, MetaUpdate, Scores
+from weighting_service.weighter import (
+    Published,
+    Weighter,
+    load_parameters,
+    load_weighter,
+    save_weighter,
+    weighter_files,
+)
+from weighting_service.weighter.model import Samples
+
+CPU = torch.device("cpu")
+ENCODER = {
+    "model_type": "bert",
+    "vocab_size": 50,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
+FEATURES = WeighterSpec(features=FeatureSpec(names=("a", "b", "c"), hidden_size=2), head=HeadSpec(width=8), seed=1)
+TOKENS = replace(FEATURES, tokens=TokenSpec(encoder_config=json.dumps(ENCODER), max_tokens=16))
+SPECS = {"features": FEATURES, "tokens": TOKENS}
+
+
+def inputs_of(spec: WeighterSpec, seed: int, samples: int = 10) -> Inputs:
+    rng = np.random.default_rng(seed)
+    tokens = lengths = None
+    if spec.tokens:
+        tokens, lengths = rng.integers(0, 50, (samples, 9)), rng.integers(1, 10, samples)
+    return Inputs(
+        rng.normal(size=(samples, 3)).astype(np.float32),
+        rng.normal(size=(samples, 2)).astype(np.float32),
+        tokens,
+        lengths,
+    )
+
+
+def update_of(spec: WeighterSpec, position: int) -> MetaUpdate:
+    rng = np.random.default_rng(1000 + position)
+    inputs = inputs_of(spec, position)
+    assert inputs.features is not None
+    cotangent = (inputs.features[:, 1] + rng.normal(size=inputs.samples)).astype(np.float32) * np.float32(1e-5)
+    estimator = Estimator.SCORE_FUNCTION if position % 4 == 0 else Estimator.VJP
+    return MetaUpdate(f"job-{position % 2}", str(position), position, inputs, cotangent, position - 1, estimator)
+
+
+def taught(spec: WeighterSpec, updates: int) -> Weighter:
+    weighter = Weighter(spec, device=CPU)
+    advance(weighter, updates)
+    return weighter
+
+
+def advance(weighter: Weighter, to: int) -> None:
+    for position in range(weighter.position + 1, to + 1):
+        weighter.apply(position, update_of(weighter.spec, position))
+
+
+def assert_same_state(a: Weighter, b: Weighter) -> None:
+    assert json.dumps(a.state_metadata(), sort_keys=True) == json.dumps(b.state_metadata(), sort_keys=True)
+    assert a.statistics == b.statistics
+    assert_same_tensors(a.state_tensors(), b.state_tensors())
+
+
+def assert_same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a)
+
+
+# ---- Replay and snapshots ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_same_updates_give_the_same_bits(spec: WeighterSpec) -> None:
+    assert_same_state(taught(spec, 7), taught(spec, 7))
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("taken_at", [0, 4])
+def test_a_restored_weighter_goes_on_bit_for_bit(spec: WeighterSpec, taken_at: int) -> None:
+    uninterrupted = taught(spec, taken_at)
+    stored = save(uninterrupted.state_tensors()), json.dumps(uninterrupted.state_metadata(), allow_nan=False)
+    restored = taught(spec, 2)  # whatever it knew is replaced
+    restored.load_state(load(stored[0]), json.loads(stored[1]))
+    assert_same_state(restored, uninterrupted)
+    advance(uninterrupted, 9)
+    advance(restored, 9)
+    assert_same_state(restored, uninterrupted)
+    inputs = inputs_of(spec, 77)
+    np.testing.assert_array_equal(restored.score([inputs])[0].weights, uninterrupted.score([inputs])[0].weights)
+
+
+def test_state_tensors_are_copies() -> None:
+    weighter = taught(FEATURES, 2)
+    before = weighter.state_tensors()
+    kept = {name: t.clone() for name, t in before.items()}
+    advance(weighter, 3)
+    assert_same_tensors(before, kept)
+
+
+@pytest.mark.parametrize("position", [0, 3, 5])
+def test_only_the_next_position_is_applied(position: int) -> None:
+    weighter = taught(FEATURES, 3)
+    with pytest.raises(ValueError, match=rf"position {position} can't be applied at 3, expected 4"):
+        weighter.apply(position, update_of(FEATURES, position))
+    assert_same_state(weighter, taught(FEATURES, 3))
+
+
+def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
+    weighter, other = taught(FEATURES, 3), taught(replace(FEATURES, head=HeadSpec(width=12)), 3)
+    tensors, metadata = weighter.state_tensors(), weighter.state_metadata()
+    without = {name: t for name, t in tensors.items() if name != "model.join.weight"}
+    half = {name: t.half() if name == "model.join.weight" else t for name, t in tensors.items()}
+    for wrong, text in [
+        (without, r"'model\.join\.weight' is missing"),
+        ({**tensors, "model.more": torch.zeros(1)}, r"'model\.more' is not part"),
+        (other.state_tensors(), r"of shape \[.*12.*\], but in this weighter's state"),
+        (half, r"'model\.join\.weight' is torch\.float16"),
+    ]:
+        with pytest.raises(InvalidArgument, match=text):
+            weighter.load_state(wrong, metadata)
+    for broken, text in [
+        ({**metadata, "format": 99}, "format 99"),
+        ({k: v for k, v in metadata.items() if k != "jobs"}, "incomplete: KeyError: 'jobs'"),
+        ({**metadata, "statistics": {"speed": 1}}, "incomplete: TypeError"),
+    ]:
+        with pytest.raises(InvalidArgument, match=text):
+            weighter.load_state(tensors, broken)
+    assert_same_state(weighter, taught(FEATURES, 3))
+
+
+# ---- Skipped updates -----------------------------------------------------------------------------------------------
+
+
+def spoiled(position: int, kind: str) -> MetaUpdate:
+    update = update_of(FEATURES, position)
+    features, cotangent = np.array(update.inputs.features), update.cotangent.copy()
+    if kind == "features":
+        features[2, 1] = np.nan
+    elif kind == "cotangent":
+        cotangent[3] = np.inf
+    else:
+        cotangent[:] = 4.0
+    return replace(update, inputs=replace(update.inputs, features=features), cotangent=cotangent)
+
+
+@pytest.mark.parametrize("kind", ["features", "cotangent", "constant"])
+def test_an_update_that_cannot_be_learned_is_skipped_and_leaves_no_trace(kind: str) -> None:
+    weighter = taught(FEATURES, 3)
+    tensors, statistics, model = weighter.state_tensors(), weighter.statistics, weighter.published.model
+    weighter.apply(4, spoiled(4, kind))
+    assert weighter.position == 4
+    assert weighter.statistics == replace(statistics, updates_skipped=1)
+    assert weighter.published.model is model
+    assert_same_tensors(weighter.state_tensors(), tensors)
+    replayed = taught(FEATURES, 3)
+    replayed.apply(4, spoiled(4, kind))
+    advance(weighter, 6)
+    advance(replayed, 6)
+    assert_same_state(weighter, replayed)
+    assert weighter.statistics.updates_applied == 5
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_a_step_that_would_overflow_a_parameter_is_taken_back(updates: int) -> None:
+    """Weight decay of 99 times the parameter, at a position embedding that no sample reaches."""
+    spec = replace(TOKENS, learning=LearningSpec(learning_rate=10.0, weight_decay=10.0))
+    weighter = taught(replace(TOKENS, learning=LearningSpec(learning_rate=1e-3)), updates)
+    tensors = weighter.state_tensors()
+    tensors["model.encoder.model.embeddings.position_embeddings.weight"][31] = 3e38
+    overflowing = Weighter(spec, device=CPU)
+    overflowing.load_state(tensors, weighter.state_metadata())
+    overflowing.apply(updates + 1, update_of(spec, updates + 1))
+    assert overflowing.statistics.updates_skipped == 1
+    assert_same_tensors(overflowing.state_tensors(), tensors)
+
+
+def test_one_sample_has_nothing_to_compare_with() -> None:
+    weighter = taught(FEATURES, 1)
+    weighter.apply(2, MetaUpdate("job", "2", 2, inputs_of(FEATURES, 5, samples=1), np.array([3.0], np.float32), 1))
+    assert weighter.statistics.updates_skipped == 1
+
+
+# ---- Exports -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_an_export_starts_a_new_weighter_with_the_same_weights(spec: WeighterSpec, tmp_path: Path) -> None:
+    weighter = taught(spec, 5)
+    save_weighter(weighter, tmp_path / "export")
+    assert sorted(p.name for p in (tmp_path / "export").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert (config["format"], config["position"]) == (1, 5)
+    loaded = load_weighter(tmp_path / "export")
+    inputs = inputs_of(spec, 42)
+    np.testing.assert_array_equal(loaded.score([inputs])[0].weights, weighter.score([inputs])[0].weights)
+    assert loaded.position == 0
+    assert loaded.statistics.updates_applied == 0
+    assert loaded.spec.features == spec.features
+    before = loaded.score([inputs])[0].weights
+    advance(loaded, 1)
+    assert not np.array_equal(loaded.score([inputs])[0].weights, before)
+
+
+def test_the_card_names_inputs_and_history() -> None:
+    card = weighter_files(taught(TOKENS, 5))["README.md"].decode()
+    assert "3 features (a, b, c); a pooled hidden state of 2; up to 16 tokens" in card
+    assert "| meta-updates | 5 applied, 0 skipped |" in card
+
+
+def test_parameters_move_between_weighters_that_differ_in_learning_only() -> None:
+    weighter = taught(FEATURES, 5)
+    other = Weighter(replace(FEATURES, seed=9, learning=LearningSpec(learning_rate=1e-2)), device=CPU)
+    load_parameters(other, weighter_files(weighter))
+    inputs = inputs_of(FEATURES, 42)
+    np.testing.assert_array_equal(other.score([inputs])[0].logits, weighter.score([inputs])[0].logits)
+
+
+def test_exports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    files = weighter_files(taught(FEATURES, 2))
+    renamed = replace(FEATURES, features=FeatureSpec(names=("a", "c", "b"), hidden_size=2))
+    with pytest.raises(InvalidArgument, match=r"the export's spec\.features is .*'a', 'b', 'c'.*, but this"):
+        load_parameters(Weighter(renamed, device=CPU), files)
+    two_heads = replace(FEATURES, head=HeadSpec(width=8, attention_heads=2))
+    with pytest.raises(InvalidArgument, match=r"spec\.head\.attention_heads is 4, but this weighter's is 2"):
+        load_parameters(Weighter(two_heads, device=CPU), files)
+    fresh = Weighter(FEATURES, device=CPU)
+    for name, data, text in [
+        ("model.safetensors", files["model.safetensors"][:-8], "model.safetensors is damaged"),
+        ("config.json", b"{", "config.json is not JSON"),
+        ("config.json", b'{"format": 7}', "config.json is not of format 1"),
+    ]:
+        with pytest.raises(InvalidArgument, match=text):
+            load_parameters(fresh, {**files, name: data})
+    with pytest.raises(InvalidArgument, match=r"has no model\.safetensors"):
+        load_parameters(fresh, {"config.json": files["config.json"]})
+    with pytest.raises(InvalidArgument, match=r"has no config\.json, expected the folder of an exported weighter"):
+        load_weighter(tmp_path)
+    with pytest.raises(ValueError, match="position 2; only a fresh one"):
+        load_parameters(taught(FEATURES, 2), files)
+
+
+# ---- Scoring while learning ----------------------------------------------------------------------------------------
+
+
+def test_every_score_is_one_of_a_whole_published_state() -> None:
+    weighter = Weighter(FEATURES, device=CPU)
+    batches = [inputs_of(FEATURES, 500), inputs_of(FEATURES, 501, samples=7)]
+    states: dict[int, Published] = {0: weighter.published}
+    seen: list[list[Scores]] = []
+    failures: list[Exception] = []
+    scored, done = threading.Event(), threading.Event()
+
+    def keep_scoring() -> None:
+        try:
+            while not done.is_set():
+                seen.append(weighter.score(batches))
+                scored.set()
+        except Exception as exc:
+            failures.append(exc)
+            scored.set()
+
+    thread = threading.Thread(target=keep_scoring)
+    thread.start()
+    for position in range(1, 51):
+        if position % 10 == 0:  # the scorer gets a turn now and then, however busy the machine
+            scored.clear()
+            assert scored.wait(60)
+        weighter.apply(position, update_of(FEATURES, position))
+        states[position] = weighter.published
+    done.set()
+    thread.join(60)
+    assert not failures
+    positions = [scores[0].position for scores in seen]
+    assert positions == sorted(positions)
+    assert len(set(positions)) >= 4
+    for scores in seen:
+        assert scores[0].position == scores[1].position
+        for result, inputs in zip(scores, batches, strict=True):
+            with torch.inference_mode():
+                expected = states[result.position].model(Samples.of([inputs], CPU))
+            np.testing.assert_allclose(result.logits, expected.numpy(), rtol=0, atol=1e-6)

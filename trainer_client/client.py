@@ -1,0 +1,175 @@
+"""`connect`: the way to a weighting service, and what can be asked of it besides a job's own calls."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from protos.weighting.v1 import weighting_pb2 as pb
+from trainer_client import wire
+from trainer_client.breaker import CircuitBreaker
+from trainer_client.counters import logger
+from trainer_client.job import Job, OnFailure
+from trainer_client.link import JobLink
+from trainer_client.settings import Limits, Timeouts
+from trainer_client.transports import Transport, is_embedded, open_transport
+from weighting_contract.errors import Internal, InvalidArgument, WeighbridgeError
+from weighting_contract.spec import WeighterSpec
+
+
+def connect(
+    url: str = "grpc://localhost:50051",
+    *,
+    timeouts: Timeouts | None = None,
+    limits: Limits | None = None,
+    on_failure: OnFailure = "uniform",
+) -> Client:
+    """A client of the service at `url`. Contacts nothing yet, so it neither waits nor fails because that is away.
+
+    Args:
+        url: grpc://host:port[,host:port...], http(s)://host:port, embedded:///path/to/state, or embedded (a service in
+            this process whose weighters end with it).
+        timeouts: None: `Timeouts()`, or `Timeouts.embedded()` for an embedded service.
+        limits: None: `Limits()`.
+        on_failure: of jobs: "uniform" trains on with uniform weights, "raise" raises, for debugging.
+
+    Raises:
+        InvalidArgument: a malformed url, an unknown on_failure, or an embedded service that is not installed.
+        WeighbridgeError: the state of an embedded service can't be opened, or is in use by another one.
+    """
+    if on_failure not in ("uniform", "raise"):
+        raise InvalidArgument(f"on_failure is {on_failure!r}, expected 'uniform' or 'raise'")
+    if timeouts is None:
+        timeouts = Timeouts.embedded() if is_embedded(url) else Timeouts()
+    return Client(open_transport(url), timeouts=timeouts, limits=limits or Limits(), on_failure=on_failure)
+
+
+class Client:
+    """Made by `connect`. Its own methods raise WeighbridgeError; those of its jobs obey `on_failure`."""
+
+    def __init__(self, transport: Transport, *, timeouts: Timeouts, limits: Limits, on_failure: OnFailure) -> None:
+        self._transport = transport
+        self._timeouts = timeouts
+        self._limits = limits
+        self._on_failure: OnFailure = on_failure
+        self._breaker = CircuitBreaker(limits.breaker_period_s, limits.breaker_max_period_s)
+        self._jobs_lock = threading.Lock()
+        self._jobs: list[Job] = []
+
+    def create_weighter(self, name: str, spec: WeighterSpec | dict[str, Any], exist_ok: bool = True) -> pb.Weighter:
+        """A weighter of this name and spec, made where it is missing. AlreadyExists where another spec has the name."""
+        weighter: pb.Weighter = self._call("CreateWeighter", _creation(name, spec, exist_ok))
+        return weighter
+
+    def get_weighter(self, name: str) -> pb.Weighter:
+        """Spec, position and learning statistics. NotFound where there is none."""
+        weighter: pb.Weighter = self._call("GetWeighter", pb.GetWeighterRequest(name=name))
+        return weighter
+
+    def list_weighters(self) -> list[pb.Weighter]:
+        return list(self._call("ListWeighters", pb.ListWeightersRequest()).weighters)
+
+    def delete_weighter(self, name: str) -> None:
+        """Deletes it with all that it learned."""
+        self._call("DeleteWeighter", pb.DeleteWeighterRequest(name=name))
+
+    def export_weighter(self, name: str, folder: str | Path) -> Path:
+        """Writes the weighter at its applied position into `folder`, made where it is missing; returns the folder."""
+        files: dict[str, bytes] = dict(self._call("ExportWeighter", pb.ExportWeighterRequest(name=name)).files)
+        for file in files:
+            if file != PurePosixPath(file).name or file in ("", ".", "..") or "\\" in file:
+                raise Internal(f"the service exports a file called {file!r}, which is not a plain file name")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+        return folder
+
+    def watch_weighter(self, name: str) -> Iterator[pb.Weighter]:
+        """The weighter now, and again whenever its applied position moves; blocks in between, without end."""
+        return self._transport.watch(name)
+
+    def open_job(
+        self,
+        job_id: str | None = None,
+        *,
+        weighter: str = "default",
+        role: Literal["learn", "frozen"] = "learn",
+        spec: WeighterSpec | dict[str, Any] | None = None,
+        feature_names: Sequence[str] | None = None,
+        read_your_writes: bool = True,
+    ) -> Job:
+        """A job attached to a weighter, or, where that fails now, one that scores uniformly and attaches later.
+
+        Args:
+            job_id: of an earlier run that goes on; None: a new one, chosen here.
+            weighter: its name.
+            role: "learn" scores and teaches, "frozen" scores only.
+            spec: makes the weighter where it is missing; None: it must be there.
+            feature_names: the columns that the job sends, in its order; None: those of the weighter's spec.
+            read_your_writes: each score waits for the job's own updates before it, which makes a run reproducible.
+
+        Raises:
+            InvalidArgument: arguments that can't be right whatever the service says.
+            WeighbridgeError: with `on_failure="raise"`, where the job can't be attached; else see `Job.failure`.
+        """
+        if role not in wire.ROLES:
+            raise InvalidArgument(f"role is {role!r}, expected one of {', '.join(wire.ROLES)}")
+        if isinstance(feature_names, str):
+            raise InvalidArgument(f"feature_names is the string {feature_names!r}, expected a list of names")
+        opening = pb.OpenJobRequest(
+            weighter=weighter,
+            job_id=job_id or uuid.uuid4().hex,
+            role=wire.ROLES[role],
+            feature_names=list(feature_names or ()),
+        )
+        creation = None if spec is None else _creation(weighter, spec, exist_ok=True)
+        link = JobLink(self._transport, self._breaker, opening, creation)
+        try:
+            link.attach(self._timeouts.admin_s)
+        except WeighbridgeError as exc:
+            if self._on_failure == "raise":
+                raise
+            logger.warning(
+                "job %s is not attached to weighter %r, uniform weights until it is: %s",
+                link.job_id,
+                weighter,
+                exc.message,
+            )
+        job = Job(
+            link,
+            timeouts=self._timeouts,
+            limits=self._limits,
+            on_failure=self._on_failure,
+            read_your_writes=read_your_writes,
+        )
+        with self._jobs_lock:
+            self._jobs = [j for j in self._jobs if not j.closed] + [job]
+        return job
+
+    def close(self) -> None:
+        """Closes the jobs that are still open, then the transport; idempotent."""
+        with self._jobs_lock:
+            jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.close()
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: str, request: Any) -> Any:
+        return self._transport.call(method, request, self._timeouts.admin_s)
+
+
+def _creation(name: str, spec: WeighterSpec | dict[str, Any], exist_ok: bool) -> pb.CreateWeighterRequest:
+    return pb.CreateWeighterRequest(name=name, spec=wire.spec_message(spec), exist_ok=exist_ok)

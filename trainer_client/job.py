@@ -1,0 +1,333 @@
+"""One pretraining run attached to a weighter: what a training loop calls. Training never stops because of it.
+
+Every method obeys `on_failure`. "uniform": whatever goes wrong, score answers uniform weights and meta_update answers
+nothing; the failure is counted, and logged once per kind. "raise": failures are raised, for debugging.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from protos.weighting.v1 import weighting_pb2 as pb
+from trainer_client import wire
+from trainer_client.counters import Counters, Tally
+from trainer_client.link import Deadline, JobLink
+from trainer_client.sender import Sender
+from trainer_client.settings import Limits, Timeouts
+from weighting_contract.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    WeighbridgeError,
+)
+
+OnFailure = Literal["uniform", "raise"]
+Estimator = Literal["vjp", "score_function"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `Job.score` answers for B samples; torch tensors on the inputs' device where these were torch tensors."""
+
+    weights: Any  # [B] float32, mean 1
+    position: int  # of the weighter that scored; on a fallback the last one known
+    effective_sample_size: float  # (sum w)^2 / sum w^2, in samples
+    fallback: bool  # uniform weights, as the weighter could not be asked
+    logits: Any  # [B] float32, before temperature and guard; on a fallback 0
+
+
+class Job:
+    """Made by `Client.open_job`. Methods may be called from any thread; `close` it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        link: JobLink,
+        *,
+        timeouts: Timeouts,
+        limits: Limits,
+        on_failure: OnFailure,
+        read_your_writes: bool,
+    ) -> None:
+        self._link = link
+        self._timeouts = timeouts
+        self._on_failure = on_failure
+        self._read_your_writes = read_your_writes
+        self._tally = Tally()
+        self._close_lock = threading.Lock()
+        self._closed = False
+        self._sender = Sender(link, timeouts, limits, self._tally)
+
+    @property
+    def job_id(self) -> str:
+        return self._link.job_id
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def attached(self) -> bool:
+        """Whether the service knows this job; while it doesn't, weights are uniform and attaching goes on."""
+        return self._link.attached
+
+    @property
+    def failure(self) -> WeighbridgeError | None:
+        """Why the job is not attached; None while it is."""
+        return None if self._link.attached else self._link.failure
+
+    @property
+    def last_position(self) -> int:
+        """Position of this job's last acknowledged meta-update, 0: none."""
+        return self._link.last_position
+
+    @property
+    def counters(self) -> Counters:
+        return self._tally.snapshot()
+
+    def score(
+        self,
+        features: Any = None,
+        step: int = 0,
+        *,
+        hidden: Any = None,
+        tokens: Any = None,
+        lengths: Any = None,
+        texts: Any = None,
+        min_position: int | None = None,
+    ) -> Scores:
+        """Weights for the batch of an optimiser step.
+
+        Args:
+            features: [B, F] floating, columns as in `feature_names`, or as in the weighter's spec.
+            step: of the optimiser.
+            hidden: [B, H] floating, a pooled hidden state.
+            tokens: [B, T] integer ids, rows padded on the right.
+            lengths: [B] integer, real tokens of each row; absent: T.
+            texts: B strings, instead of tokens.
+            min_position: the weights come from this position or a later one. None: with `read_your_writes` that of
+                this job's last update, for which outstanding ones are awaited; else any.
+
+        Returns:
+            Weights of mean 1. On a failure all 1 with `fallback=True`; of shape [1], which broadcasts, where not even B
+            can be told from the inputs.
+
+        Raises:
+            WeighbridgeError: only with `on_failure="raise"`.
+        """
+        started = time.perf_counter()
+        batch = wire.Batch(features, hidden, tokens, lengths, texts)
+        try:
+            return self._score(batch, step, min_position)
+        except WeighbridgeError as exc:
+            return self._fallback(batch, step, exc)
+        except Exception as exc:
+            return self._fallback(batch, step, _unexpected("score", exc))
+        finally:
+            self._tally.add("score_seconds", time.perf_counter() - started)
+
+    def meta_update(
+        self,
+        cotangent: Any,
+        features: Any = None,
+        step: int = 0,
+        *,
+        hidden: Any = None,
+        tokens: Any = None,
+        lengths: Any = None,
+        texts: Any = None,
+        scored_position: int | None = None,
+        estimator: Estimator = "vjp",
+        update_id: str | None = None,
+    ) -> None:
+        """Teaches the weighter with the cotangent of a batch; delivered in the background, in order, exactly once.
+
+        Args:
+            cotangent: [B] dL_val/dw, finite and not constant.
+            features, step, hidden, tokens, lengths, texts: as for `score`.
+            scored_position: `Scores.position` of the step's weights; None: that of the last score.
+            estimator: "vjp" for samples as they were drawn, "score_function" for samples selected by their weights.
+            update_id: idempotency key within the job; None: the step.
+
+        Raises:
+            WeighbridgeError: only with `on_failure="raise"`; there also for an earlier update that was refused.
+        """
+        started = time.perf_counter()
+        try:
+            self._raise_background_error()
+            self._tally.add("updates_sent")
+            batch = wire.Batch(features, hidden, tokens, lengths, texts)
+            self._sender.put(self._update_request(batch, cotangent, step, scored_position, estimator, update_id))
+        except WeighbridgeError as exc:
+            self._refused(step, exc)
+        except Exception as exc:
+            self._refused(step, _unexpected("meta_update", exc))
+        finally:
+            self._tally.add("meta_seconds", time.perf_counter() - started)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Whether every meta-update was delivered or given up within `timeout_s` (None: `Timeouts.close_s`)."""
+        done = self._sender.wait(self._timeouts.close_s if timeout_s is None else timeout_s)
+        self._raise_background_error()
+        return done
+
+    def close(self) -> None:
+        """Delivers what is outstanding within `Timeouts.close_s`, then closes the job; idempotent, never raises."""
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+        deadline = Deadline(self._timeouts.close_s)
+        self._sender.wait(deadline.left_s())
+        self._sender.stop(deadline.left_s())
+        self._link.close(min(deadline.left_s(), self._timeouts.admin_s))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on with this job: job_id, last_step, last_position; plain JSON values."""
+        return {
+            "job_id": self._link.job_id,
+            "last_step": self._link.last_step,
+            "last_position": self._link.last_position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on as the job of a checkpoint; updates of steps that are replayed are duplicates and change nothing.
+
+        Raises:
+            InvalidArgument: `state` is not what `state_dict` returns.
+            WeighbridgeError: with `on_failure="raise"`, where the job can't be attached.
+        """
+        job_id, last_step, last_position = _check_state(state)
+        if job_id != self._link.job_id:
+            deadline = Deadline(self._timeouts.close_s)
+            self._sender.wait(deadline.left_s(), until=lambda: not self._link.usable)
+            self._link.close(deadline.left_s())  # it was opened under an id that nobody goes on with
+        self._link.restore(job_id, last_step, last_position)
+        try:
+            self._link.attach(self._timeouts.admin_s)
+        except WeighbridgeError:
+            if self._on_failure == "raise":
+                raise
+        finally:
+            self._sender.wake()  # for the updates that waited
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- Inside -----------------------------------------------------------------------------------------------------
+
+    def _score(self, batch: wire.Batch, step: int, min_position: int | None) -> Scores:
+        self._raise_background_error()
+        self._check_open()
+        self._link.check()
+        deadline = Deadline(self._timeouts.score_s)
+        request = pb.ScoreRequest(job_id=self._link.job_id, step=step, inputs=batch.message())
+        request.min_position = self._own_position(deadline) if min_position is None else min_position
+        response: pb.ScoreResponse = self._link.call("Score", request, deadline.left_s())
+        weights, logits = wire.read_weights(response, batch.rows() or 0)
+        self._link.heard(response.position)
+        scores = Scores(
+            weights=batch.like(weights),
+            position=response.position,
+            effective_sample_size=response.effective_sample_size,
+            fallback=False,
+            logits=batch.like(logits),
+        )
+        self._tally.add("scored")
+        return scores
+
+    def _own_position(self, deadline: Deadline) -> int:
+        """Position of the last own update, once all that are outstanding have one."""
+        if not self._read_your_writes:
+            return 0
+        if not self._sender.wait(deadline.left_s(), until=lambda: not self._link.usable):
+            self._link.check()
+            error = DeadlineExceeded("earlier meta-updates of this job were not acknowledged in time")
+            self._link.breaker.trip(error)
+            raise error
+        return self._link.last_position
+
+    def _fallback(self, batch: wire.Batch, step: int, exc: WeighbridgeError) -> Scores:
+        if self._on_failure == "raise":
+            raise exc
+        self._tally.fallback(exc.code)
+        self._tally.warn_once(
+            f"score {exc.code}", f"uniform weights at step {step} ({exc.code}): {exc.message}", _bug(exc)
+        )
+        self._sender.wake()  # the breaker may have opened: the thread looks for the service from now on
+        rows = batch.rows() or 1
+        ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.float32)
+        return Scores(batch.like(ones), self._link.position, float(rows), True, batch.like(zeros))
+
+    def _update_request(
+        self,
+        batch: wire.Batch,
+        cotangent: Any,
+        step: int,
+        scored_position: int | None,
+        estimator: str,
+        update_id: str | None,
+    ) -> pb.MetaUpdateRequest:
+        self._check_open()
+        if self._link.frozen:
+            raise FailedPrecondition("this job is frozen, it scores only; open it with role='learn' to teach")
+        if estimator not in wire.ESTIMATORS:
+            raise InvalidArgument(f"estimator is {estimator!r}, expected one of {', '.join(wire.ESTIMATORS)}")
+        return pb.MetaUpdateRequest(
+            job_id=self._link.job_id,
+            update_id=str(step) if update_id is None else update_id,
+            step=step,
+            inputs=batch.message(),
+            cotangent=wire.cotangent_message(cotangent),
+            scored_position=self._link.position if scored_position is None else scored_position,
+            estimator=wire.ESTIMATORS[estimator],
+        )
+
+    def _refused(self, step: int, exc: WeighbridgeError) -> None:
+        if self._on_failure == "raise":
+            raise exc
+        self._tally.add("updates_refused")
+        self._tally.warn_once(
+            f"refused {exc.code}", f"the meta-update of step {step} was refused: {exc.message}", _bug(exc)
+        )
+
+    def _raise_background_error(self) -> None:
+        if self._on_failure == "raise" and (error := self._sender.take_error()):
+            raise error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FailedPrecondition("the job is closed; open it again to go on")
+
+
+def _unexpected(method: str, exc: Exception) -> WeighbridgeError:
+    """Arguments that nothing can be made of, mostly: still no reason to end a training run."""
+    error = Internal(f"{method} failed in the client: {exc!r}")
+    error.__cause__ = exc
+    return error
+
+
+def _bug(exc: WeighbridgeError) -> BaseException | None:
+    """What to log a traceback of: surprises in this process, not what a service answered."""
+    return exc.__cause__ if isinstance(exc, Internal) else None
+
+
+def _check_state(state: Any) -> tuple[str, int, int]:
+    kinds = {"job_id": str, "last_step": int, "last_position": int}
+    for key, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+            raise InvalidArgument(
+                f"state must be what Job.state_dict returned, with {key} of type {kind.__name__}; got {state!r}"
+            )
+    return state["job_id"], state["last_step"], state["last_position"]

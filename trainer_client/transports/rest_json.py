@@ -1,0 +1,130 @@
+"""The REST API's routes and JSON: field names of the contract, tensors as nested lists, enums as lower-case words."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from protos.weighting.v1 import weighting_pb2 as pb
+from weighting_contract.errors import Internal, InvalidArgument
+from weighting_contract.tensors import from_message, to_message
+
+ENUMS = {"role": pb.Role, "estimator": pb.Estimator}
+
+
+@dataclass(frozen=True)
+class Route:
+    """One request, and how to read its answer."""
+
+    verb: str
+    path: str
+    body: dict[str, Any] | None
+    read: Callable[[dict[str, Any]], Message]
+
+
+def to_json(message: Message) -> dict[str, Any]:
+    """Every field by name that is set or has no notion of being set; tensors as nested lists."""
+    values: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.has_presence and not message.HasField(field.name):
+            continue
+        if isinstance(value, pb.Inputs):
+            values[field.name] = _inputs(value)
+        elif isinstance(value, pb.Tensor):
+            values[field.name] = from_message(value, field.name).tolist()
+        elif isinstance(value, Message):
+            values[field.name] = to_json(value)
+        elif field.name in ENUMS:
+            values[field.name] = _word(field.name, value)
+        elif isinstance(value, str | int | float):
+            values[field.name] = value
+        else:  # repeated strings
+            values[field.name] = list(value)
+    return values
+
+
+def _inputs(inputs: pb.Inputs) -> dict[str, Any]:
+    """As the messages have them, but for tokens: here they are lists of different lengths, not padded rows."""
+    names = [name for name in ("features", "hidden", "tokens") if inputs.HasField(name)]
+    values = {name: from_message(getattr(inputs, name), name).tolist() for name in names}
+    if inputs.HasField("lengths"):
+        lengths = from_message(inputs.lengths, "lengths").tolist()
+        rows = values.get("tokens")
+        if not isinstance(lengths, list) or not isinstance(rows, list) or len(lengths) != len(rows):
+            raise InvalidArgument("lengths must have one integer for every row of tokens")
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            if not isinstance(length, int) or not 1 <= length <= len(row):
+                raise InvalidArgument(f"lengths[{i}] is {length}, expected a whole number from 1 to {len(row)}")
+        values["tokens"] = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    if inputs.texts:
+        values["texts"] = list(inputs.texts)
+    return values
+
+
+def _word(field: str, number: int) -> str:
+    """ROLE_LEARN -> "learn"; what is unspecified is the first that is specified, as in the contract."""
+    return ENUMS[field].Name(number or 1).removeprefix(f"{field.upper()}_").lower()
+
+
+def _read(kind: type[Message]) -> Callable[[dict[str, Any]], Message]:
+    def read(answer: dict[str, Any]) -> Message:
+        if isinstance(answer.get("role"), str):
+            answer = {**answer, "role": f"ROLE_{answer['role'].upper()}"}
+        try:
+            return json_format.ParseDict(answer, kind(), ignore_unknown_fields=True)
+        except json_format.ParseError as exc:
+            raise Internal(f"the service's answer is not a {kind.__name__}: {exc}") from exc
+
+    return read
+
+
+def _read_score(answer: dict[str, Any]) -> pb.ScoreResponse:
+    try:
+        return pb.ScoreResponse(
+            weights=to_message(np.asarray(answer["weights"], np.float32)),
+            logits=to_message(np.asarray(answer["logits"], np.float32)),
+            position=answer["position"],
+            effective_sample_size=answer["effective_sample_size"],
+        )
+    except (KeyError, TypeError, ValueError) as exc:
+        raise Internal(f"the service's answer is not a ScoreResponse: {exc!r}") from exc
+
+
+def _read_files(answer: dict[str, Any]) -> pb.ExportWeighterResponse:
+    try:
+        files = {name: base64.b64decode(content, validate=True) for name, content in answer["files"].items()}
+    except (KeyError, AttributeError, TypeError, binascii.Error) as exc:
+        raise Internal(f"the service's answer is not an ExportWeighterResponse: {exc!r}") from exc
+    return pb.ExportWeighterResponse(files=files)
+
+
+def _weighter_path(name: str) -> str:
+    return f"/v1/weighters/{quote(name, safe='')}"
+
+
+def _job_route(request: Any, action: str, read: Callable[[dict[str, Any]], Message]) -> Route:
+    body = to_json(request)
+    return Route("POST", f"/v1/jobs/{quote(body.pop('job_id'), safe='')}/{action}", body, read)
+
+
+ROUTES: dict[str, Callable[[Any], Route]] = {
+    "CreateWeighter": lambda r: Route("POST", "/v1/weighters", to_json(r), _read(pb.Weighter)),
+    "GetWeighter": lambda r: Route("GET", _weighter_path(r.name), None, _read(pb.Weighter)),
+    "ListWeighters": lambda r: Route("GET", "/v1/weighters", None, _read(pb.ListWeightersResponse)),
+    "DeleteWeighter": lambda r: Route("DELETE", _weighter_path(r.name), None, _read(pb.DeleteWeighterResponse)),
+    "ExportWeighter": lambda r: Route("GET", f"{_weighter_path(r.name)}/export", None, _read_files),
+    "OpenJob": lambda r: Route("POST", "/v1/jobs", to_json(r), _read(pb.Job)),
+    "CloseJob": lambda r: _job_route(r, "close", _read(pb.Job)),
+    "Heartbeat": lambda r: _job_route(r, "heartbeat", _read(pb.HeartbeatResponse)),
+    "Score": lambda r: _job_route(r, "score", _read_score),
+    "MetaUpdate": lambda r: _job_route(r, "meta-updates", _read(pb.MetaUpdateResponse)),
+}

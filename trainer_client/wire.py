@@ -1,0 +1,131 @@
+"""Values of the trainer <-> messages of the contract. torch tensors go in and come out, but torch is not needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from protos.weighting.v1 import weighting_pb2 as pb
+from weighting_contract.errors import Internal, InvalidArgument
+from weighting_contract.spec import WeighterSpec
+from weighting_contract.tensors import as_array, from_message, to_message
+
+ROLES = {"learn": pb.ROLE_LEARN, "frozen": pb.ROLE_FROZEN}
+ESTIMATORS = {"vjp": pb.ESTIMATOR_VJP, "score_function": pb.ESTIMATOR_SCORE_FUNCTION}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one batch as the caller gave them; B rows in every part that is present."""
+
+    features: Any = None  # [B, F] floating
+    hidden: Any = None  # [B, H] floating
+    tokens: Any = None  # [B, T] integer ids, padded on the right
+    lengths: Any = None  # [B] integer
+    texts: Any = None  # B strings
+
+    def rows(self) -> int | None:
+        """B, as far as it can be told from what was given; None: it can't."""
+        for part in (self.features, self.hidden, self.tokens, self.lengths, self.texts):
+            try:
+                return len(part)
+            except TypeError:  # absent, or without rows
+                continue
+        return None
+
+    def like(self, values: np.ndarray) -> Any:
+        """`values` as a torch tensor on the device of the inputs where these are torch tensors, else as they are."""
+        for part in (self.features, self.hidden, self.tokens):
+            if hasattr(part, "detach"):
+                import torch
+
+                return torch.from_numpy(np.array(values)).to(part.device)
+        return values
+
+    def message(self) -> pb.Inputs:
+        """Raises InvalidArgument where a part can't be sent; whether it fits the spec is the service's check."""
+        if self.rows() is None:
+            raise InvalidArgument("no inputs were given; give features, hidden, tokens or texts with one row a sample")
+        inputs = pb.Inputs()
+        for name in ("features", "hidden"):
+            if (values := getattr(self, name)) is not None:
+                array = as_array(values, name)
+                # The service computes in float32: sending more would only cost time.
+                getattr(inputs, name).CopyFrom(to_message(_narrowed(array) if array.dtype == np.float64 else array))
+        for name in ("tokens", "lengths"):
+            if (values := getattr(self, name)) is not None:
+                getattr(inputs, name).CopyFrom(to_message(_smallest_integers(as_array(values, name))))
+        if self.texts is not None:
+            inputs.texts.extend(_checked_texts(self.texts))
+        return inputs
+
+
+def cotangent_message(cotangent: Any) -> pb.Tensor:
+    array = as_array(cotangent, "cotangent")
+    return to_message(_narrowed(array) if array.dtype == np.float64 else array)
+
+
+def spec_message(spec: WeighterSpec | dict[str, Any]) -> pb.WeighterSpec:
+    """The message for `spec`, with every default spelled out. Raises InvalidArgument, naming the field."""
+    if isinstance(spec, WeighterSpec):
+        spec.check()
+    else:
+        spec = WeighterSpec.from_dict(spec)
+    return pb.WeighterSpec(
+        features=None if spec.features is None else pb.FeatureSpec(**dataclasses.asdict(spec.features)),
+        tokens=None if spec.tokens is None else pb.TokenSpec(**dataclasses.asdict(spec.tokens)),
+        head=pb.HeadSpec(**dataclasses.asdict(spec.head)),
+        learning=pb.LearningSpec(**dataclasses.asdict(spec.learning)),
+        seed=spec.seed,
+    )
+
+
+def read_weights(response: pb.ScoreResponse, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and logits, [B] float32 each, of an answer that is fit to be trained on.
+
+    Raises:
+        Internal: anything but `rows` finite weights of 0 or more with mean 1: a wrong answer must not reach the loss.
+    """
+    try:
+        weights = from_message(response.weights, "weights")
+        logits = from_message(response.logits, "logits")
+    except InvalidArgument as exc:
+        raise Internal(f"the service's answer can't be read: {exc.message}") from exc
+    if weights.shape != (rows,) or logits.shape != (rows,):
+        raise Internal(
+            f"the service answered weights of shape {list(weights.shape)} and logits of shape {list(logits.shape)} "
+            f"for {rows} samples"
+        )
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and abs(float(weights.mean()) - 1) < 1e-2):
+        raise Internal(f"the service answered weights that are not of mean 1, finite and 0 or more: {weights[:8]}...")
+    return weights.astype(np.float32), logits.astype(np.float32)
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what overflows is refused by the service, by name
+        return array.astype(np.float32)
+
+
+def _smallest_integers(array: np.ndarray) -> np.ndarray:
+    """Token ids as uint16 or int32 where they fit: a quarter or a half of int64 on the wire."""
+    if array.dtype.kind not in "iu" or array.size == 0:
+        return array
+    low, high = int(array.min()), int(array.max())
+    for dtype in (np.uint16, np.int32):
+        limits = np.iinfo(dtype)
+        if array.dtype.itemsize > limits.dtype.itemsize and limits.min <= low and high <= limits.max:
+            return array.astype(dtype)
+    return array
+
+
+def _checked_texts(texts: Any) -> list[str]:
+    if isinstance(texts, str):
+        raise InvalidArgument("texts is one string, expected a list with one string a sample")
+    listed = list(texts)
+    for i, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise InvalidArgument(f"texts[{i}] is a {type(text).__name__}, expected a string")
+    return listed
