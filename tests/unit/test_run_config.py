@@ -1,0 +1,81 @@
+"""The settings of a run and the command line that mirrors them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from trainer_client.run.config import RunConfig, flag, load, parse
+from weighting_contract.errors import InvalidArgument
+
+
+def test_no_flags_give_the_checked_defaults():
+    assert parse([]) == RunConfig().check()
+
+
+def test_every_field_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for f in dataclasses.fields(RunConfig):
+        assert flag(f.name) in shown
+        assert f.metadata["help"]
+
+
+def test_flags_reach_their_fields():
+    config = parse(["--data", "a.txt", "b.txt", "--val", "v.txt", "--steps", "7", "--method", "uniform", "--overwrite"])
+    assert config == RunConfig(data=("a.txt", "b.txt"), val=("v.txt",), steps=7, method="uniform", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--steps 0", "--steps is 0"),
+        ("--lr 0", "--lr is 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--meta-batch 33", "--batch-size (32)"),
+        ("--meta-batch 1", "--meta-batch is 1"),
+        ("--method uniform --compare uniform", "another --method"),
+        ("--schedule staged --stages 9 --steps 8", "at most --steps (8)"),
+        ("--resume --overwrite --out nowhere", "no run to continue"),
+        ("--data mine.txt", "--val"),
+    ],
+)
+def test_mistakes_name_the_flag(flags, words):
+    with pytest.raises(InvalidArgument) as error:
+        parse(flags.split())
+    assert words in str(error.value)
+
+
+def test_unknown_choice_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--method", "magic"])
+    assert end.value.code == 2
+    assert "magic" in capsys.readouterr().err
+
+
+def _save(folder, config):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"job_id": "j", "config": config.to_dict()}))
+
+
+def test_resume_takes_the_run_s_own_settings(tmp_path):
+    _save(tmp_path, RunConfig(steps=50, seed=3, data=("a", "b"), val=("c",), out=str(tmp_path)))
+    config = parse(["--resume", "--out", str(tmp_path), "--checkpoint-every", "5"])
+    assert (config.steps, config.seed, config.data, config.checkpoint_every) == (50, 3, ("a", "b"), 5)
+    assert config.resume
+
+
+def test_resume_refuses_another_setting(tmp_path):
+    _save(tmp_path, RunConfig(steps=50, out=str(tmp_path)))
+    with pytest.raises(InvalidArgument, match=r"--steps is 60, but the run .* was started with 50"):
+        parse(["--resume", "--out", str(tmp_path), "--steps", "60"])
+
+
+def test_saved_settings_that_are_not_settings_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"no_such_field": 1}}')
+    with pytest.raises(InvalidArgument, match="not the settings of a run"):
+        load(tmp_path / "config.json")

@@ -1,0 +1,1 @@
+"""`python -m trainer_client.reference`: trains a small reference model on a pool, for a service to host."""

@@ -1,0 +1,111 @@
+"""`python -m trainer_client.reference`: flags in, a folder and its table out, mistakes as sentences."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from trainer_client.reference.config import ReferenceConfig, parse
+from weighting_contract.errors import WeighbridgeError
+
+if TYPE_CHECKING:
+    from trainer_client.reference.train import TrainedReference
+
+_MISTAKE, _INTERRUPTED = 2, 130
+_LINE_EVERY = 100  # steps, where there is no terminal to draw on
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes a reference.
+
+    Returns:
+        The exit code: 0 done, 2 the user's mistake (one sentence on stderr), 130 interrupted; nothing is left then.
+    """
+    console = Console()
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_time=False, show_path=False)],
+    )
+    try:
+        config = parse(arguments)
+        made = _make(config, console)
+    except (WeighbridgeError, OSError) as exc:
+        print(f"trainer_client.reference: {exc}", file=sys.stderr)
+        return _MISTAKE
+    except KeyboardInterrupt:
+        print("trainer_client.reference: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    _show(made, console)
+    return 0
+
+
+def _make(config: ReferenceConfig, console: Console) -> TrainedReference:
+    # Torch and transformers take seconds to import: --help and mistakes in the flags need not wait for them.
+    from trainer_client.reference.train import load_pool, train_reference
+    from trainer_client.run.config import RunConfig
+    from trainer_client.run.data import make_samples
+    from trainer_client.run.runner import set_up_torch
+    from trainer_client.run.tokenizer import cached_tokenizer, load_tokenizer
+    from weighting_contract.reference import check_free
+
+    check_free(config.out, replace=config.overwrite)
+    device = set_up_torch(RunConfig(device=config.device, threads=config.threads))
+    with _progress(console) as progress:
+        documents = load_pool(config, progress)
+        tokenizer = (
+            load_tokenizer(config.tokenizer)
+            if config.tokenizer
+            else cached_tokenizer([d.text for d in documents], config.vocab_size, progress=progress)
+        )
+        samples = make_samples(documents, tokenizer, config.seq_len, progress=progress)
+        return train_reference(
+            samples,
+            tokenizer,
+            config.out,
+            config,
+            trained_on=f"{' '.join(config.data)}: {len(samples):,} samples of {config.seq_len} tokens",
+            command=config.command(),
+            device=device,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar in a terminal, else a line from time to time."""
+    from trainer_client.run.progress import preparing
+
+    def line(done: int, total: int, what: str) -> None:
+        if what.startswith("training the reference") and (done % _LINE_EVERY == 0 or done == total):
+            console.print(f"{what}: step {done} of {total}", highlight=False)
+
+    with preparing(console) as bar:
+        yield bar if console.is_terminal else line
+
+
+def _show(made: TrainedReference, console: Console) -> None:
+    table = Table("reference", "", title_justify="left", show_header=False)
+    for name, value in (
+        ("parameters", f"{made.parameters:,}"),
+        ("vocabulary", f"{made.info.vocab_size:,} tokens"),
+        ("loss on its pool", f"{made.info.loss:.3f} nats a token"),
+        ("steps", f"{made.info.steps:,}"),
+        ("time", f"{made.seconds:.1f} s"),
+        ("size of the folder", f"{made.size_bytes / 1e6:.2f} MB"),
+        ("checksum", made.info.checksum[:16]),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"{made.folder}  [dim]for the folder that a service gets as --models[/dim]", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

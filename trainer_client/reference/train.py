@@ -1,0 +1,156 @@
+"""Trains a reference: a small causal LM on samples of the pool, and the pool's counts, written as one folder.
+
+For the command line and for runs that need a reference of their own. Knows no service.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer_client.loss import per_sample_loss
+from trainer_client.reference.config import ReferenceConfig
+from trainer_client.run.config import RunConfig
+from trainer_client.run.data import BatchOrder, Document, Progress, Samples, load_corpus, load_documents, unigram_counts
+from trainer_client.run.evaluate import fixed_subset, mean_loss
+from trainer_client.run.forward import token_losses
+from trainer_client.run.loop import build_optimizer, learning_rate
+from trainer_client.run.models import build_model, count_parameters, no_progress_bar
+from trainer_client.run.task import to_tensor
+from trainer_client.run.tokenizer import Tokenizer
+from weighting_contract.ngrams import Row, count_ngrams, log_ratios
+from weighting_contract.reference import (
+    Counts,
+    ReferenceInfo,
+    build_reference,
+    check_free,
+    check_reference,
+    read_counts,
+    reference_files,
+    write_reference,
+)
+
+_LOSS_SAMPLES = 512  # of the pool, behind the loss that a reference states
+_MAX_GRADIENT_NORM = 1.0
+_REPORT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class TrainedReference:
+    """A reference on the disk, and what it took."""
+
+    folder: Path
+    info: ReferenceInfo
+    parameters: int
+    seconds: float  # of training
+    size_bytes: int  # of the folder
+
+
+def train_reference(
+    samples: Samples,
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    config: ReferenceConfig,
+    *,
+    trained_on: str,
+    command: str,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> TrainedReference:
+    """Trains on the samples, counts them, and writes the folder whole. Equal arguments give equal files.
+
+    Args:
+        samples: of the pool, by this tokenizer; their length is the reference's seq_len.
+        folder: absent or empty, or a reference that gives way with `config.overwrite`.
+        config: size, steps, batch_size, lr, warmup_steps, seed, ngram_buckets and overwrite are used.
+        trained_on, command: words for people, kept in reference.json.
+
+    Raises:
+        InvalidArgument: an unknown size, or fewer samples than a batch.
+        AlreadyExists: the folder is taken; seen before training.
+    """
+    check_free(folder, replace=config.overwrite)
+    started = time.perf_counter()
+    seq_len = samples.tokens.shape[1] - 1
+    model = build_model(config.size, tokenizer.vocab_size, seq_len, config.seed)
+    _train(model, samples, config, torch.device(device), progress)
+    subset = fixed_subset(samples.tokens, _LOSS_SAMPLES)
+    loss = mean_loss(model, subset, config.batch_size, torch.device(device))
+    seconds = time.perf_counter() - started
+    model_config, parameters = _saved(model)
+    files = build_reference(
+        model_config,
+        parameters,
+        tokenizer.to_json().encode(),
+        Counts(unigram_counts(samples, tokenizer.vocab_size), count_ngrams(samples.tokens, config.ngram_buckets)),
+        seq_len=seq_len,
+        trained_on=trained_on,
+        command=command,
+        steps=config.steps,
+        loss=loss,
+    )
+    written = write_reference(folder, files, replace=config.overwrite)
+    size = sum(len(content) for content in files.values())
+    info = check_reference(files, str(written))
+    return TrainedReference(written, info, count_parameters(model), seconds, size)
+
+
+def load_pool(config: ReferenceConfig, progress: Progress | None = None) -> list[Document]:
+    """The documents to train on: the very ones that a run with the same data, val and test trains on.
+
+    Raises:
+        InvalidArgument: data that can't be read.
+    """
+    if config.val or config.data == ReferenceConfig.data:
+        return list(load_corpus(config.data, config.val, config.test, progress=progress).train)
+    return load_documents(config.data, progress=progress)
+
+
+def target_profile(reference: str | os.PathLike[str], rows: list[Row] | np.ndarray) -> np.ndarray:
+    """The profile of target documents against the pool of the reference in a folder, [buckets] float16.
+
+    Args:
+        rows: token ids of the documents or of samples of them, by the reference's tokenizer.
+
+    Raises:
+        InvalidArgument: a damaged reference, rows that are no token ids, or none at all.
+    """
+    pool = read_counts(reference_files(reference)).ngrams
+    return log_ratios(count_ngrams(rows, len(pool)), pool)
+
+
+def _train(
+    model: nn.Module, samples: Samples, config: ReferenceConfig, device: torch.device, progress: Progress | None
+) -> None:
+    """`config.steps` plain steps of AdamW on the mean loss, optimiser and schedule as a run's."""
+    recipe = RunConfig(steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps)
+    order = BatchOrder(samples, config.batch_size, config.seed)
+    model.to(device).eval()  # dropout off, as in a run
+    optimizer = build_optimizer(model, recipe)
+    for step in range(config.steps):
+        tokens = to_tensor(samples.tokens[order.indices(step)], device)
+        loss = per_sample_loss(token_losses(model, tokens)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        optimizer.step()
+        if progress is not None and ((step + 1) % _REPORT_EVERY == 0 or step + 1 == config.steps):
+            progress(step + 1, config.steps, f"training the reference, loss {float(loss.detach()):.3f}")
+
+
+def _saved(model: PreTrainedModel) -> tuple[bytes, bytes]:
+    """Contents of config.json and model.safetensors, as transformers writes them."""
+    with tempfile.TemporaryDirectory() as temporary, no_progress_bar():
+        model.save_pretrained(temporary, max_shard_size="1000GB")
+        folder = Path(temporary)
+        return (folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes()

@@ -1,0 +1,1 @@
+"""`python -m trainer_client.run`: pretrains a small causal LM with learned data weights, and teaches the weighter."""

@@ -1,0 +1,176 @@
+"""What one run is: a frozen, checked `RunConfig`, and the command line that mirrors it field by field.
+
+Knows nothing of torch, files of a run or the service. Every flag is a field; its help text is the field's metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weighting_contract.errors import InvalidArgument
+
+METHODS = ("dwm", "uniform")
+HYPERGRADIENTS = ("finite_difference", "jvp", "exact")
+SCHEDULES = ("online", "staged")
+LR_SCHEDULES = ("constant", "cosine")  # constant: the loss at a step does not depend on how many are to come
+
+
+def _flag(default: Any, help: str, choices: Sequence[str] = (), least: int | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "least": least})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of a run; the defaults are the demo's. Names carry their units; steps are optimiser steps."""
+
+    data: tuple[str, ...] = _flag(
+        ("builtin",), "training documents: builtin, files (.txt .jsonl .jsonl.gz .parquet), or a `datasets` name"
+    )
+    val: tuple[str, ...] = _flag(
+        (), "validation documents, the target that weights are learned for; same forms (default: the built-in ones)"
+    )
+    test: tuple[str, ...] = _flag(
+        (), "test documents, only ever evaluated; same forms (default: half of the validation documents)"
+    )
+    model: str = _flag("nano", "size preset, or the name or folder of a transformers causal LM")
+    tokenizer: str = _flag("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the data)")
+    vocab_size: int = _flag(1024, "entries of a tokenizer that is trained here", least=1)
+
+    method: str = _flag("dwm", "how samples are weighted", METHODS)
+    compare: str = _flag("", "also run this method from the same seed and data order", ("uniform",))
+    steps: int = _flag(600, "optimiser steps", least=1)
+    batch_size: int = _flag(32, "samples a step", least=1)
+    seq_len: int = _flag(64, "tokens a sample", least=1)
+    lr: float = _flag(2e-3, "peak learning rate of AdamW")
+    warmup_steps: int = _flag(20, "steps of linear warm-up of the learning rate", least=0)
+    lr_schedule: str = _flag("constant", "after the warm-up: constant, or a cosine to a tenth", LR_SCHEDULES)
+    seed: int = _flag(0, "of parameters, data order and validation draws", least=0)
+
+    weighter: str = _flag("embedded", "embedded, embedded:///STATE, grpc://HOST:PORT or http://HOST:PORT")
+    weighter_name: str = _flag("default", "name of the weighter; it is created where it does not exist")
+    on_failure: str = _flag("uniform", "without an answer: uniform weights, or stop", ("uniform", "raise"))
+    hypergradient: str = _flag("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
+    meta_every: int = _flag(4, "steps between meta-updates", least=1)
+    meta_batch: int = _flag(16, "samples of the batch that a meta-update carries")
+    val_batch: int = _flag(8, "validation samples behind a cotangent", least=1)
+    schedule: str = _flag("online", "teach during training, or between stages of pinned weights", SCHEDULES)
+    stages: int = _flag(5, "stages of the staged schedule", least=1)
+    stage_updates: int = _flag(30, "meta-updates between two stages", least=1)
+
+    out: str = _flag("runs/latest", "folder for everything that the run writes")
+    resume: bool = _flag(False, "continue the run in --out; its own settings are used where no flag is given")
+    overwrite: bool = _flag(False, "replace a run that is already in --out")
+    checkpoint_every: int = _flag(100, "steps between checkpoints", least=1)
+    eval_every: int = _flag(25, "steps between evaluations", least=1)
+    eval_samples: int = _flag(128, "samples of a split that an evaluation takes; the last one takes all", least=1)
+    device: str = _flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")
+    threads: int = _flag(0, "CPU threads of torch; 0: torch's own choice", least=0)
+
+    def check(self) -> RunConfig:
+        """This config. Raises InvalidArgument, naming the flag, where a value is out of range or two contradict."""
+        for f in dataclasses.fields(self):
+            value, choices, least = getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
+            if choices and value not in choices and value != f.default:
+                raise InvalidArgument(f"{flag(f.name)} is {value!r}, expected one of {', '.join(choices)}")
+            if least is not None and value < least:
+                raise InvalidArgument(f"{flag(f.name)} is {value}, expected {least} or more")
+        if not 0 < self.lr <= 1:
+            raise InvalidArgument(f"--lr is {self.lr}, expected more than 0 and at most 1")
+        if not 2 <= self.meta_batch <= self.batch_size and self.method == "dwm":
+            raise InvalidArgument(
+                f"--meta-batch is {self.meta_batch}, expected from 2 to --batch-size ({self.batch_size}): "
+                "a meta-update carries samples of the step's batch"
+            )
+        if self.compare == self.method:
+            raise InvalidArgument(f"--compare {self.compare} needs another --method than {self.method}")
+        if self.schedule == "staged" and self.stages > self.steps:
+            raise InvalidArgument(f"--stages is {self.stages}, expected at most --steps ({self.steps})")
+        if self.resume and self.overwrite:
+            raise InvalidArgument("--resume and --overwrite exclude each other: continue the run, or replace it")
+        if self.data == ("builtin",) or self.val:
+            return self
+        raise InvalidArgument("--data without --val: name validation documents, they are what weights are learned for")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without what only concerns the start (resume, overwrite)."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("resume", "overwrite")}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return (self.method, self.compare) if self.compare else (self.method,)
+
+
+# May differ between the two halves of a resumed run. Device and threads may not: sums would round differently.
+_FREE_ON_RESUME = ("out", "resume", "overwrite", "checkpoint_every", "weighter", "on_failure")
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(arguments: Sequence[str] | None = None) -> RunConfig:
+    """The checked config of a command line (None: the process's own).
+
+    With --resume the settings of the run in --out stand in for flags that are not given. Raises InvalidArgument where a
+    flag contradicts them; argparse's own errors exit with code 2.
+    """
+    given = vars(_parser().parse_args(arguments))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if given.get("resume"):
+        given = _over_saved(given)
+    return RunConfig(**given).check()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer_client.run",
+        description="Pretrain a small causal language model with learned data weights, and teach the weighter.",
+        argument_default=argparse.SUPPRESS,  # so that a flag that is given can be told from a default
+    )
+    hints = typing.get_type_hints(RunConfig)
+    for f in dataclasses.fields(RunConfig):
+        text, hint = f.metadata["help"].replace("%", "%%"), hints[f.name]
+        if hint is bool:
+            parser.add_argument(flag(f.name), action="store_true", help=text)
+            continue
+        if "default" not in text and f.default != "":
+            default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
+            text += f" (default: {default})"
+        many = {"nargs": "+"} if hint not in (int, float, str) else {}
+        kind = hint if hint in (int, float) else str
+        choices = f.metadata["choices"] or None
+        parser.add_argument(flag(f.name), type=kind, choices=choices, help=text, **many)  # type: ignore[arg-type]
+    return parser
+
+
+def _over_saved(given: dict[str, Any]) -> dict[str, Any]:
+    """`given` flags over the saved settings of the run in its --out folder."""
+    path = Path(given.get("out", RunConfig.out)) / "config.json"
+    if not path.is_file():
+        raise InvalidArgument(f"--resume: {path.parent} holds no run to continue ({path.name} is missing)")
+    saved = load(path).to_dict()
+    for name, value in given.items():
+        if name not in _FREE_ON_RESUME and value != saved[name]:
+            raise InvalidArgument(
+                f"{flag(name)} is {value}, but the run in {path.parent} was started with {saved[name]}; "
+                "leave the flag out to continue it, or start a new run in another --out"
+            )
+    return {**saved, **given}
+
+
+def load(path: Path) -> RunConfig:
+    """The config in a run's config.json. Raises InvalidArgument where the file is not one."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return RunConfig(**fields)
+    except (ValueError, KeyError, TypeError) as exc:
+        raise InvalidArgument(f"{path} is not the settings of a run: {exc}") from exc

@@ -1,0 +1,192 @@
+"""Documents from outside: text, JSONL and Parquet files, folders, globs and `datasets` names.
+
+Knows nothing of tokens, splits or the built-in corpus. Whatever can't be read is one sentence with the file and line.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from weighting_contract.errors import InvalidArgument
+
+Progress: TypeAlias = Callable[[int, int, str], None]  # done, total, label
+
+_FORMS = "builtin, a .txt, .jsonl, .jsonl.gz or .parquet file, a folder of those, a glob, or the name of a dataset"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it comes from; the source is for reports only."""
+
+    text: str
+    source: str
+
+
+def read_documents(name: str, *, progress: Progress | None = None) -> list[Document]:
+    """The documents of `name`: a file, a folder, a glob, several of them separated by commas, or a dataset's name.
+
+    .txt: one document a file. .jsonl, .jsonl.gz: one JSON object a line. .parquet: one row each. Objects and rows have
+    `text` and, if they like, `source`; without it the source is the file's stem. A dataset is
+    NAME[:CONFIG][@SPLIT] (split: train), as the package `datasets` knows it; its source is NAME's last part.
+    Texts that are only white space are left out.
+
+    Raises:
+        InvalidArgument: no such file or dataset, unreadable, damaged, or without documents.
+    """
+    parts = [name] if os.path.exists(name) else [part.strip() for part in name.split(",")]
+    documents = [document for part in parts for document in _read_part(part, progress)]
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise InvalidArgument(f"{name} holds no documents: expected at least one text that is not empty")
+    return documents
+
+
+def _read_part(part: str, progress: Progress | None) -> Iterator[Document]:
+    if not part:
+        raise InvalidArgument(f"the name of the data is empty: expected {_FORMS}")
+    files = _files(part)
+    if files is None:
+        yield from _read_dataset(part)
+        return
+    for index, file in enumerate(files):
+        yield from _read_file(file)
+        if progress is not None:
+            progress(index + 1, len(files), f"reading {part}")
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def _files(part: str) -> list[Path] | None:
+    """The files that `part` names, in a fixed order; None where it can only be a dataset's name."""
+    path = Path(part).expanduser()
+    if os.path.isdir(path):
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) is not None)
+        if not files:
+            raise InvalidArgument(f"the folder {part} holds no .txt, .jsonl, .jsonl.gz or .parquet file")
+        return files
+    if os.path.exists(path):  # unlike Path.exists, it takes names of any length
+        return [path]
+    if any(character in part for character in "*?["):
+        files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+        if not files:
+            raise InvalidArgument(f"no file matches {part}")
+        return files
+    if _reader(path) is not None or part.startswith((".", "/", "~")):
+        raise InvalidArgument(f"there is no file {part}: expected {_FORMS}")
+    return None
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Document]] | None:
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
+    return next((reader for suffix, reader in readers.items() if path.name.lower().endswith(suffix)), None)
+
+
+def _read_file(path: Path) -> Iterator[Document]:
+    reader = _reader(path)
+    if reader is None:
+        raise InvalidArgument(f"{path} has an unknown form: expected {_FORMS}")
+    try:
+        yield from reader(path)
+    except OSError as exc:
+        raise InvalidArgument(f"{path} can't be read: {exc.strerror or exc}") from exc
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    try:
+        yield Document(path.read_text("utf-8"), path.stem)
+    except UnicodeDecodeError as exc:
+        raise InvalidArgument(f"{path} is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    stem = path.name.split(".jsonl")[0]
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except UnicodeDecodeError as exc:
+            raise InvalidArgument(f"{where} is not UTF-8 text: {exc.reason}") from exc
+        except ValueError as exc:
+            end = "" if line.endswith(b"\n") else "; the file ends in the middle of this line"
+            raise InvalidArgument(f"{where} is not JSON: {exc}{end}") from exc
+        if not isinstance(row, dict):
+            raise InvalidArgument(f'{where} is {type(row).__name__}, expected an object like {{"text": "..."}}')
+        yield _document(row, stem, where)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        try:
+            for line in file:
+                number += 1
+                yield number, line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
+            raise InvalidArgument(f"{path} is damaged or cut off after line {number}: {exc}") from exc
+
+
+def _read_parquet(path: Path) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        columns = [name for name in ("text", "source") if name in file.schema_arrow.names]
+        if "text" not in columns:
+            raise InvalidArgument(f"{path} has no column text; its columns: {', '.join(file.schema_arrow.names)}")
+        number = 0
+        for batch in file.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield _document(row, path.stem, f"{path}, row {number}")
+    except pyarrow.ArrowException as exc:
+        raise InvalidArgument(f"{path} is not a Parquet file that can be read: {exc}") from exc
+
+
+def _document(row: dict[str, Any], source: str, where: str) -> Document:
+    if "text" not in row:
+        raise InvalidArgument(f"{where} has no field text; its fields: {', '.join(row) or 'none'}")
+    text, given = row["text"], row.get("source")
+    if not isinstance(text, str):
+        raise InvalidArgument(f"{where}: text is {type(text).__name__}, expected a string")
+    if given is not None and not isinstance(given, str):
+        raise InvalidArgument(f"{where}: source is {type(given).__name__}, expected a string")
+    return Document(text, given or source)
+
+
+# ---- Datasets -------------------------------------------------------------------------------------------------------
+
+
+def _read_dataset(name: str) -> Iterator[Document]:
+    try:
+        import datasets
+    except ImportError as exc:
+        raise InvalidArgument(
+            f"{name} is no file, and the package datasets, which could know it by name, is not installed: "
+            f"expected {_FORMS}; pip install 'weighbridge[datasets]' for the last"
+        ) from exc
+    rest, _, split = name.partition("@")
+    path, _, config = rest.partition(":")
+    try:
+        rows = datasets.load_dataset(path, config or None, split=split or "train")
+    except Exception as exc:  # not found, no network, unknown config or split: the package raises many kinds
+        raise InvalidArgument(f"{name} is no file, and as a dataset it can't be loaded: {exc}") from exc
+    yield from dataset_documents(rows, name)
+
+
+def dataset_documents(rows: Any, name: str) -> Iterator[Document]:
+    """The documents of a loaded split: an iterable of rows with `text` and, if they like, `source`."""
+    source = name.partition("@")[0].partition(":")[0].rsplit("/", 1)[-1]
+    for number, row in enumerate(rows, start=1):
+        yield _document(row, source, f"{name}, row {number}")

@@ -1,0 +1,113 @@
+"""The weights that each step was trained with, on disk before they are used.
+
+Makes a resumed run exact: a step that was trained after the last checkpoint is trained again with the weights that it
+had, whatever the weighter has learned since. Knows nothing of training or of the service.
+
+The file: a header, then one record of fixed size a step (step, position, fallback, B weights, checksum). A record that
+a crash left half-written is cut off when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from weighting_contract.errors import InvalidArgument
+
+_MAGIC = b"WBRECORD1\0\0\0"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the weighter said for one step."""
+
+    step: int
+    weights: np.ndarray  # [B] float32, mean 1
+    position: int
+    fallback: bool
+
+
+class Recorder:
+    """Append-only record of a run's weights, open for writing."""
+
+    def __init__(self, path: Path, batch_size: int) -> None:
+        """Opens or creates `path`. Raises InvalidArgument where it is the record of another batch size or no record."""
+        self.path = path
+        self._dtype = _record_dtype(batch_size)
+        records, whole = _read(path, batch_size) if path.exists() else ([], 0)
+        self._records = {r.step: r for r in records}
+        self._file = open(path, "r+b" if whole else "w+b")  # noqa: SIM115 - lives as long as the recorder
+        if whole:
+            self._file.truncate(whole)
+            self._file.seek(whole)
+        else:
+            self._file.write(_header(batch_size))
+            self._file.flush()
+
+    def get(self, step: int) -> Record | None:
+        """The record of `step`, None where the step was never scored."""
+        return self._records.get(step)
+
+    def append(self, record: Record) -> None:
+        """Writes `record` and hands it to the operating system, so that a killed process does not lose it."""
+        row = np.zeros((), self._dtype)
+        row["step"], row["position"], row["fallback"] = record.step, record.position, record.fallback
+        row["weights"] = record.weights
+        row["checksum"] = zlib.crc32(row.tobytes()[:-4])
+        self._file.write(row.tobytes())
+        self._file.flush()
+        self._records[record.step] = record
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def read_records(path: Path, batch_size: int) -> list[Record]:
+    """The whole records of a file, by step."""
+    return sorted(_read(path, batch_size)[0], key=lambda r: r.step)
+
+
+def _header(batch_size: int) -> bytes:
+    return _MAGIC + batch_size.to_bytes(4, "little")
+
+
+def _record_dtype(batch_size: int) -> np.dtype:
+    return np.dtype(
+        [
+            ("step", "<i8"),
+            ("position", "<i8"),
+            ("fallback", "u1"),
+            ("weights", "<f4", (batch_size,)),
+            ("checksum", "<u4"),
+        ]
+    )
+
+
+def _read(path: Path, batch_size: int) -> tuple[list[Record], int]:
+    """The whole records and the bytes that they and the header take; 0 for a file that broke off in its header."""
+    content, header, dtype = path.read_bytes(), _header(batch_size), _record_dtype(batch_size)
+    if len(content) < len(header):
+        return [], 0
+    if content[: len(header)] != header:
+        raise InvalidArgument(f"{path} is not the record of a run with batches of {batch_size} samples")
+    rows = np.frombuffer(content, dtype, count=(len(content) - len(header)) // dtype.itemsize, offset=len(header))
+    records = []
+    for row in rows:
+        if zlib.crc32(row.tobytes()[:-4]) != int(row["checksum"]):
+            break
+        records.append(Record(int(row["step"]), row["weights"].copy(), int(row["position"]), bool(row["fallback"])))
+    return records, len(header) + len(records) * dtype.itemsize

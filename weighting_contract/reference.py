@@ -1,0 +1,281 @@
+"""A reference model as files: what they are called, what is in them, and the checksum that identifies them all.
+
+Clients make and upload references, services verify and host them: this is what both must agree on. Knows bytes and
+folders; nothing of torch, of transformers or of how a model is run.
+
+| file               | content                                                                                      |
+|--------------------|----------------------------------------------------------------------------------------------|
+| config.json        | a causal LM of transformers, as `save_pretrained` writes it                                  |
+| counts.safetensors | of the pool: `unigrams` [V] int64, each token as a label; `ngrams` [buckets] uint32, hashed  |
+| model.safetensors  | its parameters, in one file                                                                  |
+| tokenizer.json     | of the tokenizers library                                                                    |
+| reference.json     | `ReferenceInfo` and the format: which of the above belong together, and where they come from |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from weighting_contract.errors import AlreadyExists, InvalidArgument
+
+FORMAT = 1
+MANIFEST = "reference.json"
+CONTENT = ("config.json", "counts.safetensors", "model.safetensors", "tokenizer.json")  # the checksum's order
+FILES = (*CONTENT, MANIFEST)
+
+
+@dataclass(frozen=True)
+class ReferenceInfo:
+    """What a reference says about itself."""
+
+    checksum: str  # of `reference_checksum`: equal exactly for references that give equal statistics
+    tokenizer_checksum: str  # SHA-256 of tokenizer.json, in hex
+    vocab_size: int  # of the tokenizer: one more than its largest token id
+    seq_len: int  # longest sample that the model was trained for, in labels; a sample has one token more
+    trained_on: str  # words for people
+    command: str  # that made it
+    steps: int  # of training
+    loss: float  # mean token NLL on its pool, nats
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a reference knows of its pool besides the model."""
+
+    unigrams: np.ndarray  # [V] int64, how often each token is a label
+    ngrams: np.ndarray  # [buckets] int64, `weighting_contract.ngrams.count_ngrams`
+
+
+def reference_checksum(files: Mapping[str, bytes], seq_len: int) -> str:
+    """SHA-256, in hex, over all that decides the statistics that a reference gives.
+
+    The digest is of the text "weighbridge-reference-1;seq_len=N;" and then, for each name of CONTENT in its order, of
+    the text "NAME:SIZE;" with the size in bytes, and the file's bytes.
+    """
+    digest = hashlib.sha256(f"weighbridge-reference-{FORMAT};seq_len={seq_len};".encode())
+    for name in CONTENT:
+        digest.update(f"{name}:{len(files[name])};".encode())
+        digest.update(files[name])
+    return digest.hexdigest()
+
+
+def build_reference(
+    config: bytes,
+    model: bytes,
+    tokenizer: bytes,
+    counts: Counts,
+    *,
+    seq_len: int,
+    trained_on: str,
+    command: str,
+    steps: int,
+    loss: float,
+) -> dict[str, bytes]:
+    """The five files of a reference, for `write_reference` or an upload.
+
+    Args:
+        config, model, tokenizer: contents of config.json, model.safetensors and tokenizer.json.
+        counts: of the pool; more than 2**32 - 1 n-grams in a bucket are stored as so many.
+
+    Raises:
+        InvalidArgument: contents that are no reference.
+    """
+    ngrams = np.minimum(counts.ngrams, np.iinfo(np.uint32).max).astype(np.uint32)
+    files = {
+        "config.json": config,
+        "counts.safetensors": safetensors.numpy.save({"unigrams": counts.unigrams.astype(np.int64), "ngrams": ngrams}),
+        "model.safetensors": model,
+        "tokenizer.json": tokenizer,
+    }
+    info = ReferenceInfo(
+        checksum=reference_checksum(files, seq_len),
+        tokenizer_checksum=hashlib.sha256(tokenizer).hexdigest(),
+        vocab_size=len(counts.unigrams),
+        seq_len=seq_len,
+        trained_on=trained_on,
+        command=command,
+        steps=steps,
+        loss=loss,
+    )
+    files[MANIFEST] = json.dumps({"format": FORMAT, **asdict(info)}, indent=2).encode() + b"\n"
+    check_reference(files, "the reference")
+    return files
+
+
+def reference_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The verified files of the reference in a folder; other files that lie there are left alone.
+
+    Raises:
+        InvalidArgument: one sentence about the first thing that is wrong, as of `check_reference`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InvalidArgument(f"there is no reference at {folder}: expected a folder with {', '.join(FILES)}")
+    files = {}
+    for name in FILES:
+        try:
+            files[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            continue  # named by the check
+        except OSError as exc:
+            raise InvalidArgument(f"{folder / name} can't be read: {exc.strerror or exc}") from exc
+    check_reference(files, str(folder))
+    return files
+
+
+def check_reference(files: Mapping[str, bytes], where: str) -> ReferenceInfo:
+    """What the files say about themselves, once they are verified; `where` they come from is for messages.
+
+    Raises:
+        InvalidArgument: a file that is missing or none of a reference's, a truncated or damaged safetensors file,
+            a checksum that does not match, counts of another vocabulary.
+    """
+    for name in files:
+        if name not in FILES:
+            raise InvalidArgument(f"{where}: {name!r} is no file of a reference, expected {', '.join(FILES)}")
+    for name in FILES:
+        if name not in files:
+            raise InvalidArgument(f"{where}: {name} is missing; a reference is {', '.join(FILES)}")
+    info = _info(files[MANIFEST], where)
+    for name in ("counts.safetensors", "model.safetensors"):
+        _check_whole(files[name], f"{where}: {name}")
+    tokenizer_checksum = hashlib.sha256(files["tokenizer.json"]).hexdigest()
+    if tokenizer_checksum != info.tokenizer_checksum:
+        raise InvalidArgument(
+            f"{where}: tokenizer.json has the checksum {tokenizer_checksum[:12]}..., but {MANIFEST} names "
+            f"{info.tokenizer_checksum[:12]}...: it is another tokenizer than the reference was trained with"
+        )
+    checksum = reference_checksum(files, info.seq_len)
+    if checksum != info.checksum:
+        raise InvalidArgument(
+            f"{where}: the files have the checksum {checksum[:12]}..., but {MANIFEST} names {info.checksum[:12]}...: "
+            "a file was changed or belongs to another reference; copy or train the reference again"
+        )
+    _check_counts(read_counts(files), info, where)
+    return info
+
+
+def read_counts(files: Mapping[str, bytes]) -> Counts:
+    """The counts in verified files. Raises InvalidArgument where they are not there."""
+    tensors = safetensors.numpy.load(files["counts.safetensors"])
+    try:
+        return Counts(tensors["unigrams"], tensors["ngrams"].astype(np.int64))
+    except KeyError as exc:
+        raise InvalidArgument(f"counts.safetensors lacks {exc}, expected unigrams and ngrams") from exc
+
+
+def write_reference(folder: str | os.PathLike[str], files: Mapping[str, bytes], *, replace: bool = False) -> Path:
+    """Puts the files of a reference into `folder`, all of them or, if anything goes wrong, none.
+
+    A folder that holds this very reference stays as it is. Another one is refused, or with `replace` gives way.
+
+    Raises:
+        InvalidArgument: as of `check_reference`; nothing was written.
+        AlreadyExists: the folder holds another reference and `replace` is not set, or other things.
+        OSError: the disk refuses; what was there stays.
+    """
+    folder = Path(folder).absolute()
+    info = check_reference(files, "the reference")
+    if _held_checksum(folder) == info.checksum:
+        return folder
+    check_free(folder, replace=replace)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        for name in FILES:
+            _write_durably(new / name, files[name])
+        _sync_folder(new)
+        old = Path(temporary) / "old"
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    _sync_folder(folder.parent)
+    return folder
+
+
+def check_free(folder: str | os.PathLike[str], *, replace: bool = False) -> None:
+    """Raises AlreadyExists where `write_reference` would refuse to put another reference into the folder."""
+    folder = Path(folder)
+    if not os.path.lexists(folder):
+        return
+    foreign = [folder.name] if not folder.is_dir() else sorted(p.name for p in folder.iterdir() if p.name not in FILES)
+    if foreign:
+        raise AlreadyExists(f"{folder} holds something else than a reference ({foreign[0]}): choose another folder")
+    if any(folder.iterdir()) and not replace:
+        raise AlreadyExists(f"{folder} holds another reference: choose another folder, or overwrite it")
+
+
+def _info(manifest: bytes, where: str) -> ReferenceInfo:
+    try:
+        values: dict[str, Any] = json.loads(manifest)
+        given = values.pop("format")
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise InvalidArgument(f"{where}: {MANIFEST} is not the description of a reference: {exc!r}") from exc
+    if given != FORMAT:
+        raise InvalidArgument(f"{where}: {MANIFEST} has format {given!r}, this version reads {FORMAT}")
+    kinds = {"int": int, "str": str, "float": (int, float)}
+    for field in fields(ReferenceInfo):
+        value = values.get(field.name)
+        if not isinstance(value, kinds[str(field.type)]) or isinstance(value, bool):  # type: ignore[arg-type]
+            raise InvalidArgument(f"{where}: {MANIFEST} has {field.name} {value!r}, expected {field.type}")
+    info = ReferenceInfo(**{field.name: values[field.name] for field in fields(ReferenceInfo)})
+    if info.seq_len < 1 or info.vocab_size < 1:
+        raise InvalidArgument(f"{where}: {MANIFEST} has a seq_len or vocab_size below 1")
+    return info
+
+
+def _check_whole(content: bytes, what: str) -> None:
+    """Raises InvalidArgument where a safetensors file does not end where its header says."""
+    try:
+        safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as exc:
+        raise InvalidArgument(f"{what} is truncated or damaged: {exc}") from exc
+
+
+def _check_counts(counts: Counts, info: ReferenceInfo, where: str) -> None:
+    if counts.unigrams.shape != (info.vocab_size,) or counts.ngrams.ndim != 1:
+        raise InvalidArgument(
+            f"{where}: counts.safetensors has unigrams of shape {list(counts.unigrams.shape)} and ngrams of "
+            f"{list(counts.ngrams.shape)}, expected [{info.vocab_size}] for the vocabulary and [buckets]"
+        )
+    if counts.unigrams.dtype.kind not in "iu" or (counts.unigrams < 0).any():
+        raise InvalidArgument(f"{where}: counts.safetensors has unigrams that are no counts, expected integers from 0")
+
+
+def _held_checksum(folder: Path) -> str | None:
+    """Of the intact reference in the folder; None where there is none."""
+    try:
+        return check_reference(reference_files(folder), str(folder)).checksum
+    except InvalidArgument:
+        return None
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,210 @@
+"""A reference model at work: token ids in, raw portable statistics out, many samples a forward pass.
+
+Torch only: no files, no threads; one thread calls it. Logits, the largest thing by far, exist for a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weighting_contract.errors import InvalidArgument
+from weighting_contract.reference import Counts, ReferenceInfo
+from weighting_contract.statistics import RAW_NAMES, raw_statistics, unigram_nll_table
+from weighting_service.reference.packing import Pack, PackReport, pack_rows, pad_rows
+
+Row = Sequence[int] | np.ndarray  # token ids of one sample
+Tokenize = Callable[[Sequence[str]], list[list[int]]]
+
+TOKENS_PER_PACK_CPU = 8192
+TOKENS_PER_PACK_CUDA = 131_072
+_LOGIT_BYTES_CPU = 2 << 20  # of 4 MiB and more, each chunk costs fresh pages: three times slower
+_LOGIT_BYTES_CUDA = 256 << 20
+_LEAST_PLACES = 32  # of a chunk, or the product with the output layer is slow
+_PROBE_TOKENS = 16
+_PROBE_TOLERANCE = 1e-3  # nats, in float32; what an architecture does otherwise shows in tenths
+
+
+class Reference:
+    """A small frozen causal LM that scores samples for any number of weighters and jobs.
+
+    Attributes:
+        name: that specs and metrics call it by.
+        info: what it says about itself.
+        ngram_counts: [buckets] int64, of its pool: the other half of a target profile.
+        last_report: how well the latest call's samples were packed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        info: ReferenceInfo,
+        model: Any,
+        tokenize: Tokenize,
+        counts: Counts,
+        device: torch.device | str = "cpu",
+        tokens_per_pack: int | None = None,
+    ) -> None:
+        """
+        Args:
+            model: a causal LM of transformers in float32 on the CPU; it is moved, frozen and owned by this object.
+            tokenize: texts to token ids.
+            counts: of the pool that the model was trained on.
+            tokens_per_pack: most padded tokens of a forward pass; None: what suits the device.
+
+        Raises:
+            InvalidArgument: a model whose losses depend on padding, or whose logits are not those of its output layer.
+        """
+        self.name, self.info, self.ngram_counts = name, info, counts.ngrams
+        self.last_report = PackReport(0, 0, 0, 0, 0)
+        self._tokenize = tokenize
+        self._model = model.eval().requires_grad_(False)
+        self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
+        self._unigram_nll = unigram_nll_table(torch.from_numpy(counts.unigrams))
+        self._device = torch.device("cpu")
+        self._probe()
+        self._device = torch.device(device)
+        self._model.to(self._device)
+        self._unigram_nll = self._unigram_nll.to(self._device)
+        cuda = self._device.type == "cuda"
+        self.tokens_per_pack = tokens_per_pack or (TOKENS_PER_PACK_CUDA if cuda else TOKENS_PER_PACK_CPU)
+
+    @property
+    def checksum(self) -> str:
+        """Equal exactly for references that give the same statistics."""
+        return self.info.checksum
+
+    @property
+    def tokenizer_checksum(self) -> str:
+        return self.info.tokenizer_checksum
+
+    @property
+    def vocab_size(self) -> int:
+        return self.info.vocab_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sample that is scored whole; of longer ones, so many tokens from the beginning."""
+        return self.info.seq_len + 1
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the reference's own tokenizer, without special tokens."""
+        return self._tokenize(texts)
+
+    def raw_statistics(self, rows: Sequence[Row]) -> Tensor:
+        """[N, len(RAW_NAMES)] float32 on the CPU: `weighting_contract.statistics.raw_statistics` of every sample.
+
+        A sample of n tokens has n - 1 labels, each token but its first; its losses are the model's, its unigram NLLs
+        those of the reference's pool. Rows depend on their own sample only, up to float rounding, and not on the
+        order of the samples. Samples longer than `max_tokens` are cut, and counted in `last_report`.
+
+        Args:
+            rows: token ids of each sample, 2 or more, in any lengths and integer types.
+
+        Raises:
+            InvalidArgument: a row that is none, too short, or with ids outside the vocabulary.
+        """
+        return self.raw_statistics_of([rows], fields=["rows"])[0]
+
+    def raw_statistics_of(self, batches: Sequence[Sequence[Row]], fields: Sequence[str] | None = None) -> list[Tensor]:
+        """`raw_statistics` of several callers' batches, packed together; `fields` name them in error messages.
+
+        Raises:
+            InvalidArgument: as of `raw_statistics`, for any of them: use `check_rows` before putting callers together.
+        """
+        fields = fields or [f"batches[{b}]" for b in range(len(batches))]
+        rows = [row for batch, field in zip(batches, fields, strict=True) for row in self.check_rows(batch, field)]
+        packs = pack_rows([row[: self.max_tokens] for row in rows], self.tokens_per_pack)
+        raw = torch.empty(len(rows), len(RAW_NAMES))
+        if packs:
+            raw[[i for pack in packs for i in pack.indices]] = self._score(packs)
+        self.last_report = PackReport(
+            packs=len(packs),
+            samples=len(rows),
+            real_tokens=sum(pack.real_tokens for pack in packs),
+            padded_tokens=sum(pack.padded_tokens for pack in packs),
+            cut_samples=sum(len(row) > self.max_tokens for row in rows),
+        )
+        return list(torch.split(raw, [len(batch) for batch in batches]))
+
+    def check_rows(self, rows: Sequence[Row], field: str = "rows") -> list[np.ndarray]:
+        """The rows as [T_i] int64 arrays, uncut. Touches no device: any thread may call it.
+
+        Raises:
+            InvalidArgument: naming `field`, the row and what is wrong with it.
+        """
+        return [self._checked(np.asarray(row), f"{field}[{i}]") for i, row in enumerate(rows)]
+
+    def _checked(self, row: np.ndarray, field: str) -> np.ndarray:
+        if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+            raise InvalidArgument(
+                f"{field} is {row.dtype.name} of shape {list(row.shape)}, expected integer token ids of [T]"
+            )
+        if len(row) < 2:
+            raise InvalidArgument(
+                f"{field} has {len(row)} tokens, expected 2 or more: a sample's first token is predicted by nothing"
+            )
+        least, most = int(row.min()), int(row.max())
+        if least < 0 or most >= self.vocab_size:
+            raise InvalidArgument(
+                f"{field} has the token id {least if least < 0 else most}, but the reference {self.name!r} knows ids "
+                f"from 0 to {self.vocab_size - 1}: was the sample made with another tokenizer?"
+            )
+        return row.astype(np.int64)
+
+    @torch.inference_mode()
+    def _score(self, packs: Sequence[Pack]) -> Tensor:
+        """[N, len(RAW_NAMES)] of all packs, on the CPU; the device is waited for once, at the end."""
+        parts = []
+        for pack in packs:
+            losses, labels, mask = self._token_losses(pack)
+            parts.append(raw_statistics(losses, self._unigram_nll[labels], mask))
+        return torch.cat(parts).cpu()
+
+    def _token_losses(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
+        """(losses float32, labels int64, mask bool), [N, T-1] each; losses are 0 where the mask is False.
+
+        No attention mask: padding on the right is behind every real token, and causal attention does not look there.
+        """
+        tokens = torch.from_numpy(pack.tokens).to(self._device, non_blocking=True)
+        real = np.arange(1, tokens.shape[1]) < pack.lengths[:, None]
+        places = torch.from_numpy(np.flatnonzero(real)).to(self._device, non_blocking=True)  # in [N, T-1], flattened
+        labels = tokens[:, 1:]
+        bf16 = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
+            states = self._decoder(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+            losses = self._losses_at(states.flatten(0, 1)[places], labels.flatten()[places])
+        dense = torch.zeros(labels.numel(), device=self._device).index_copy_(0, places, losses)
+        return dense.view(labels.shape), labels, torch.from_numpy(real).to(self._device, non_blocking=True)
+
+    def _losses_at(self, states: Tensor, labels: Tensor) -> Tensor:
+        """[P] float32 from states [P, H] and labels [P]; logits are held for a chunk of places only."""
+        held = _LOGIT_BYTES_CUDA if states.device.type == "cuda" else _LOGIT_BYTES_CPU
+        places = max(_LEAST_PLACES, held // (4 * self._head.weight.shape[0]))
+        chunks = zip(torch.split(states, places), torch.split(labels, places), strict=True)
+        return torch.cat([F.cross_entropy(self._head(s).float(), y, reduction="none") for s, y in chunks])
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Compares a padded pack with the whole model on each sample alone.
+
+        What differs: models that look ahead, such as encoders, and those that do more to logits than their output
+        layer does (caps, scales).
+        """
+        longest = min(_PROBE_TOKENS, self.max_tokens)
+        rows = [np.arange(n, dtype=np.int64) * 7919 % self.vocab_size for n in (max(2, longest // 2), longest)]
+        losses, _, _ = self._token_losses(pad_rows(rows, range(len(rows))))
+        for row, given in zip(rows, losses, strict=True):
+            tokens = torch.from_numpy(row)
+            logits = self._model(input_ids=tokens[None, :-1], use_cache=False).logits[0].float()
+            expected = F.cross_entropy(logits, tokens[1:], reduction="none")
+            if not torch.allclose(given[: len(expected)], expected, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
+                raise InvalidArgument(
+                    f"the reference {self.name!r} is a {self._model.config.model_type!r} whose losses change with "
+                    "padding or are not those of its output layer alone; expected a plain causal language model"
+                )
