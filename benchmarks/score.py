@@ -53,7 +53,7 @@ def main() -> int:
             service.wait()
     weighter = Weighter(WeighterSpec(features=FeatureSpec(names=NAMES)), device=torch.device("cpu"))
     forward = timed_ms(lambda: weighter.score([Inputs(features=rows)]), calls)
-    trip, p99 = quantile(trips, 0.5), quantile(trips, 0.99)
+    trip = quantile(trips, 0.5)
     own = trip - quantile(forward, 0.5)
     print(f"features [{SAMPLES}, {COLUMNS}] float32, {calls} calls, default weighter, one thread, gRPC on localhost")
     print(

@@ -1,4 +1,4 @@
 """What service and trainers agree on: weighter specs, errors, tensors on the wire, portable statistics.
 
-Imports neither side. Only `statistics` needs torch, and it is imported by name.
+Imports neither side. `statistics` and `ngrams` need torch, and are imported by name.
 """

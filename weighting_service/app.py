@@ -84,7 +84,11 @@ async def serve(settings: Settings, stop: asyncio.Event, on_ready: Callable[[int
     with _listen(settings.host, settings.rest_port) as rest_socket:
         service = build_service(settings)
         grpc_server = GrpcServer(service, settings.host, settings.grpc_port, max_message_bytes=message_bytes)
-        rest = _Rest(uvicorn.Config(build_app(service, max_body_bytes=message_bytes), log_config=None, lifespan="off"))
+        rest = _Rest(
+            uvicorn.Config(
+                build_app(service, max_body_bytes=message_bytes), log_config=None, access_log=False, lifespan="off"
+            )
+        )
         await grpc_server.start()
         rest_task = asyncio.create_task(rest.serve([rest_socket]))
         try:

@@ -218,6 +218,15 @@ def test_staged_weights_come_from_one_version_a_stage(data, tmp_path):
     assert positions == [0] * 8 + [5] * 8 + [10] * 8
 
 
+def test_a_degenerate_cotangent_is_counted_and_never_stops_training(data, tmp_path, caplog):
+    (tmp_path / "same.jsonl").write_text(json.dumps({"text": " a" * 4000}) + "\n")  # all samples are equal
+    out = tmp_path / "out"
+    assert main([*data, "--data", str(tmp_path / "same.jsonl"), "--out", str(out)]) == 0
+    summary = _read(out / "summary.json")
+    assert (summary["meta_updates"], summary["meta_updates_skipped"]) == (0, STEPS // 4)
+    assert caplog.text.count("no meta-update") == 1
+
+
 def test_without_a_service_the_run_is_uniform(data, tmp_path, finished):
     with socket.socket() as taken:  # bound, never listening: nobody answers here
         taken.bind(("127.0.0.1", 0))

@@ -6,6 +6,7 @@ nor where a service keeps them.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -48,9 +49,18 @@ def load_reference(
     return Reference(name or folder.resolve().name, info, model, tokenize, read_counts(files), device, tokens_per_pack)
 
 
-def _tokenizer(content: bytes, info: ReferenceInfo, folder: Path) -> Tokenize:
-    import tokenizers
+def _library(name: str) -> Any:
+    """Imported when a reference is loaded: services without references work without it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as exc:
+        raise InvalidArgument(
+            f"references need {name}, which isn't installed here; install weighbridge[tokens]"
+        ) from exc
 
+
+def _tokenizer(content: bytes, info: ReferenceInfo, folder: Path) -> Tokenize:
+    tokenizers = _library("tokenizers")
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as exc:  # the library raises nothing narrower
@@ -67,9 +77,7 @@ def _tokenizer(content: bytes, info: ReferenceInfo, folder: Path) -> Tokenize:
 
 def _model(folder: Path, config_json: bytes, info: ReferenceInfo) -> Any:
     _check_config(config_json, folder)
-    import transformers
-
-    auto: Any = transformers
+    auto = _library("transformers")
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = auto.AutoConfig.from_pretrained(folder, **safe)

@@ -58,7 +58,8 @@ class Reference:
             tokens_per_pack: most padded tokens of a forward pass; None: what suits the device.
 
         Raises:
-            InvalidArgument: a model whose losses depend on padding, or whose logits are not those of its output layer.
+            InvalidArgument: a model whose losses depend on padding or are not finite, or whose logits are not those of
+                its output layer.
         """
         self.name, self.info, self.ngram_counts = name, info, counts.ngrams
         self.last_report = PackReport(0, 0, 0, 0, 0)
@@ -203,6 +204,8 @@ class Reference:
             tokens = torch.from_numpy(row)
             logits = self._model(input_ids=tokens[None, :-1], use_cache=False).logits[0].float()
             expected = F.cross_entropy(logits, tokens[1:], reduction="none")
+            if not bool(expected.isfinite().all()):
+                raise InvalidArgument(f"the reference {self.name!r} gives losses that are not finite; train it again")
             if not torch.allclose(given[: len(expected)], expected, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
                 raise InvalidArgument(
                     f"the reference {self.name!r} is a {self._model.config.model_type!r} whose losses change with "

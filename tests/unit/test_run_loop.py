@@ -1,0 +1,92 @@
+"""The learning rate's course, fixed evaluation samples, and draws that depend on (seed, step) alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trainer_client.run.config import RunConfig
+from trainer_client.run.data import BatchOrder, Samples
+from trainer_client.run.evaluate import fixed_subset, mean_loss
+from trainer_client.run.loop import learning_rate
+from trainer_client.run.models import build_model
+from trainer_client.run.task import Task
+from trainer_client.run.tokenizer import train_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def test_learning_rate_warms_up_and_stays():
+    config = RunConfig(steps=100, warmup_steps=4, lr=1e-3)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert set(rates[4:]) == {1e-3}
+
+
+def test_cosine_ends_at_a_tenth():
+    config = RunConfig(steps=101, warmup_steps=0, lr=1e-3, lr_schedule="cosine")
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert (rates[0], rates[50], rates[100]) == pytest.approx((1e-3, 0.55e-3, 1e-4))
+    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 5), (3, 3)])
+def test_short_runs_have_positive_rates(steps, warmup):
+    for schedule in ("constant", "cosine"):
+        config = RunConfig(steps=steps, warmup_steps=warmup, lr_schedule=schedule)
+        assert all(0 < learning_rate(config, step) <= config.lr for step in range(steps))
+
+
+def test_fixed_subset_is_spread_over_all():
+    tokens = np.arange(10)[:, None]
+    assert fixed_subset(tokens, 4)[:, 0].tolist() == [0, 3, 6, 9]
+    assert fixed_subset(tokens, 10) is tokens
+
+
+def test_mean_loss_is_the_mean_over_tokens_whatever_the_batches():
+    model = build_model("nano", 300, 8, seed=0)
+    tokens = np.random.default_rng(0).integers(0, 300, (7, 9)).astype(np.uint16)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        log_p = model.double()(ids[:, :-1]).logits.log_softmax(-1)
+    expected = -log_p.gather(-1, ids[:, 1:, None]).mean()
+    for batch_size in (1, 3, 7, 20):
+        assert mean_loss(model, tokens, batch_size, CPU) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.fixture
+def task() -> Task:
+    tokens = np.arange(40 * 5).reshape(40, 5).astype(np.uint16)
+    train = Samples(tokens, np.arange(40) % 3, ("a", "b", "c"))
+    val = Samples(tokens[:6], np.zeros(6, np.int64), ("a",))
+    tokenizer = train_tokenizer(["some text"], 300)
+    return Task(tokenizer, train, val, val, BatchOrder(train, 8, seed=1), torch.zeros(200), seed=1)
+
+
+def test_validation_draws_belong_to_seed_and_step(task):
+    first = task.validation_draw(3, 4, CPU)
+    assert torch.equal(first, task.validation_draw(3, 4, CPU))
+    assert len({tuple(row.tolist()) for row in first}) == 4  # without repeats
+    others = [task.validation_draw(4, 4, CPU), task.validation_draw(3, 4, CPU, draw=1)]
+    assert not any(torch.equal(first, other) for other in others)
+    assert len(task.validation_draw(3, 50, CPU)) == 6  # there are no more
+
+
+def test_pause_draws_belong_to_seed_step_and_draw(task):
+    draws = [task.pause_draw(5, 8, CPU, draw) for draw in range(3)]
+    assert torch.equal(draws[0], task.pause_draw(5, 8, CPU, 0))
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[1], draws[2])
+
+
+def test_mean_weights_are_by_source(task):
+    sources = task.sources(3)
+    weights = np.linspace(0.5, 1.5, 8)
+    for step in range(3):
+        means = task.mean_by_source(step, weights)
+        for index, name in enumerate("abc"):
+            chosen = sources[step] == index
+            assert (name in means) == chosen.any()
+            if chosen.any():
+                assert means[name] == pytest.approx(weights[chosen].mean())
