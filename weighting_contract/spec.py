@@ -44,14 +44,14 @@ class HeadSpec:
     attention_heads: int = 4
     temperature: float = 1.0
     floor: float = 0.0
-    min_effective_share: float = 0.4
+    min_effective_share: float = 0.6
 
 
 @dataclass(frozen=True)
 class LearningSpec:
     """The weighter's optimiser (AdamW) and how cotangents of different jobs are brought to one scale."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0
     cotangent_clip: float = 5.0

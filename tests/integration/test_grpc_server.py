@@ -303,7 +303,7 @@ def test_a_zero_in_a_spec_is_a_zero(stub: Any) -> None:
     made = stub.CreateWeighter(pb.CreateWeighterRequest(name="zeros", spec=spec)).spec
     assert (made.head.layers, made.head.min_effective_share) == (0, 0)
     assert (made.learning.weight_decay, made.learning.max_staleness) == (0, 0)
-    assert (made.head.width, made.learning.learning_rate) == (32, 3e-3)  # left out: the defaults
+    assert (made.head.width, made.learning.learning_rate) == (32, 1e-3)  # left out: the defaults
 
 
 def test_jobs_that_start_together_ask_for_the_same_weighter(stub: Any) -> None:
