@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 		| awk '/^ *Downloading .* [MG]B\)/ || /^(Building|Installing)/ { print "  " substr($$0, 1, 110); fflush() }'
 	@touch $@
 
-demo: $(STAMP) ## pretrain a small LM with learned weights and without; about 6 minutes on 2 CPU cores
+demo: $(STAMP) ## pretrain a small LM with learned weights and without; about 3 minutes on 2 CPU cores
 	$(BIN)/python -m trainer_client.run --method dwm --compare uniform --out runs/demo --overwrite $(ARGS)
 
 test: $(STAMP) ## run every test

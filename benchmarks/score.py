@@ -2,14 +2,15 @@
 
     python -m benchmarks.score [--calls 400]
 
-Prints the round trip, the forward pass it contains (same model, same rows, this process, one thread), the difference,
-which is the service's own share, the time to acknowledge a meta-update, and the memory of the idle service.
+Prints the round trip, the forward pass that it contains (as the service's own metrics time it, in the same calls), the
+difference, which is the service's own share, the time to acknowledge a meta-update, and the memory of the idle service.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
-import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.machine import describe, quantile
 from protos.weighting.v1 import weighting_pb2 as pb
 from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceStub
-from weighting_contract.spec import FeatureSpec, WeighterSpec
 from weighting_contract.tensors import to_message
-from weighting_service.domain import Inputs
-from weighting_service.weighter import Weighter
 
 SAMPLES, COLUMNS = 256, 72
 NAMES = tuple(f"column_{i}" for i in range(COLUMNS))
@@ -39,68 +38,73 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=400)
     calls = parser.parse_args().calls
-    torch.set_num_threads(1)
     print(describe())
     rows = np.random.default_rng(0).normal(size=(SAMPLES, COLUMNS)).astype(np.float32)
     with tempfile.TemporaryDirectory() as state:
-        service, port = start_service(Path(state))
+        service, grpc_port, rest_port = start_service(Path(state))
         try:
-            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                trips, acknowledgements = measure_service(WeightingServiceStub(channel), rows, calls)
-            memory = resident_mb(service.pid)
+            with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+                stub = WeightingServiceStub(channel)
+                trips, forward_ms = measure_score(stub, f"http://127.0.0.1:{rest_port}/metrics", rows, calls)
+                memory = resident_mb(service.pid)
+                acknowledged = quantile(measure_meta_update(stub, rows, calls // 4), 0.5)
         finally:
             service.terminate()
             service.wait()
-    weighter = Weighter(WeighterSpec(features=FeatureSpec(names=NAMES)), device=torch.device("cpu"))
-    forward = timed_ms(lambda: weighter.score([Inputs(features=rows)]), calls)
-    trip = quantile(trips, 0.5)
-    own = trip - quantile(forward, 0.5)
+    trip, p99 = quantile(trips, 0.5), quantile(trips, 0.99)
+    own = statistics.mean(trips) - forward_ms
     print(f"features [{SAMPLES}, {COLUMNS}] float32, {calls} calls, default weighter, one thread, gRPC on localhost")
-    print(
-        f"score round trip     median {trip:6.2f} ms   p99 {quantile(trips, 0.99):6.2f} ms",
-        goal(trip, GOAL_ROUND_TRIP_MS),
-    )
-    print(f"the model's forward  median {quantile(forward, 0.5):6.2f} ms")
-    print(f"service's own share         {own:6.2f} ms                ", goal(own, GOAL_OWN_SHARE_MS))
-    print(f"meta-update acknowledged, median {quantile(acknowledgements, 0.5):.2f} ms (SQLite, synchronous=FULL)")
-    print(
-        f"resident memory of the idle service with the default weighter {memory:.0f} MB", goal(memory, GOAL_MEMORY_MB)
-    )
+    print(f"score round trip, median {trip:.2f} ms, p99 {p99:.2f} ms", goal(trip, GOAL_ROUND_TRIP_MS))
+    print(f"the model's forward, mean {forward_ms:.2f} ms")
+    print(f"service's own share, mean {own:.2f} ms", goal(own, GOAL_OWN_SHARE_MS))
+    print(f"meta-update acknowledged, median {acknowledged:.2f} ms (SQLite, synchronous=FULL)")
+    print(f"resident memory of the service, one weighter: {memory:.0f} MB", goal(memory, GOAL_MEMORY_MB))
     return 0
 
 
-def start_service(state: Path) -> tuple[subprocess.Popen[str], int]:
-    """A service on free ports with one CPU thread, ready."""
+def start_service(state: Path) -> tuple[subprocess.Popen[str], int, int]:
+    """A service on free ports (gRPC, REST) with one CPU thread, ready."""
     command = [sys.executable, "-m", "weighting_service", "--state", str(state), "--threads", "1"]
     service = subprocess.Popen([*command, "--grpc-port", "0", "--rest-port", "0"], stderr=subprocess.PIPE, text=True)
     assert service.stderr is not None
     for line in service.stderr:
-        if match := re.search(r"ready: gRPC on [^ ]*:(\d+)", line):
-            return service, int(match[1])
+        if match := re.search(r"ready: gRPC on [^ ]*:(\d+), REST on [^ ]*:(\d+)", line):
+            return service, int(match[1]), int(match[2])
     raise RuntimeError("the service did not start")
 
 
-def measure_service(stub: Any, rows: np.ndarray, calls: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of each Score and of each MetaUpdate (idle service between updates)."""
+def measure_score(stub: Any, metrics_url: str, rows: np.ndarray, calls: int) -> tuple[list[float], float]:
+    """Milliseconds of each round trip, and of the forward pass in them on average."""
     spec = pb.WeighterSpec(features=pb.FeatureSpec(names=NAMES))
     stub.CreateWeighter(pb.CreateWeighterRequest(name="default", spec=spec))
     stub.OpenJob(pb.OpenJobRequest(weighter="default", job_id="bench"))
+    request = pb.ScoreRequest(job_id="bench", inputs=pb.Inputs(features=to_message(rows)))
+    timed_ms(lambda: stub.Score(request), 20)
+    before = device_seconds(metrics_url)
+    trips = timed_ms(lambda: stub.Score(request), calls)
+    return trips, (device_seconds(metrics_url) - before) / calls * 1e3
+
+
+def measure_meta_update(stub: Any, rows: np.ndarray, calls: int) -> list[float]:
+    """Milliseconds until each is acknowledged; between two the service applies the first."""
     inputs = pb.Inputs(features=to_message(rows))
-    trips = timed_ms(lambda: stub.Score(pb.ScoreRequest(job_id="bench", inputs=inputs)), calls)
     acknowledgements = []
-    for step in range(calls // 4):
+    for step in range(calls):
         cotangent = to_message(np.random.default_rng(step).normal(size=SAMPLES).astype(np.float32))
         request = pb.MetaUpdateRequest(job_id="bench", step=step, inputs=inputs, cotangent=cotangent)
         started = time.perf_counter()
         position = stub.MetaUpdate(request).position
         acknowledgements.append((time.perf_counter() - started) * 1e3)
-        stub.Score(pb.ScoreRequest(job_id="bench", inputs=inputs, min_position=position))  # until it is applied
-    return trips, acknowledgements
+        stub.Score(pb.ScoreRequest(job_id="bench", inputs=inputs, min_position=position))
+    return acknowledgements
+
+
+def device_seconds(metrics_url: str) -> float:
+    families = text_string_to_metric_families(httpx.get(metrics_url).text)
+    return next(f.samples[0].value for f in families if f.name == "weighbridge_device_seconds")
 
 
 def timed_ms(call: Callable[[], object], calls: int) -> list[float]:
-    for _ in range(20):
-        call()
     times = []
     for _ in range(calls):
         started = time.perf_counter()

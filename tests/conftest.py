@@ -21,6 +21,7 @@ import pytest
 from protos.weighting.v1 import weighting_pb2_grpc
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small models: more threads only fight for the cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network what an unknown name of a model is; read at import
 
 READY = re.compile(r"ready: gRPC on [^ ]*:(\d+), REST on [^ ]*:(\d+)")
 

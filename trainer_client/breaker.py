@@ -71,6 +71,11 @@ class CircuitBreaker:
     def is_open(self) -> bool:
         return self._error is not None
 
+    @property
+    def is_away(self) -> bool:
+        """Whether it is open because the service did not answer: one that is overloaded did."""
+        return self._error is not None and not isinstance(self._error, ResourceExhausted)
+
     def trial_in_s(self) -> float | None:
         """Seconds until a trial call may go out; None while closed."""
         with self._lock:

@@ -78,6 +78,11 @@ class Job:
         return self._link.attached
 
     @property
+    def away(self) -> bool:
+        """Whether nothing can be delivered for now: not attached, or the service did not answer the last call."""
+        return self._link.away
+
+    @property
     def failure(self) -> WeighbridgeError | None:
         """Why the job is not attached; None while it is."""
         return None if self._link.attached else self._link.failure
@@ -178,14 +183,18 @@ class Job:
         return done
 
     def close(self) -> None:
-        """Delivers what is outstanding within `Timeouts.close_s`, then closes the job; idempotent, never raises."""
+        """Delivers what is outstanding within `Timeouts.close_s`, then closes the job; idempotent, never raises.
+
+        It does not wait for a service that is away. Updates that are not delivered count as dropped.
+        """
         with self._close_lock:
             if self._closed:
                 return
             self._closed = True
         deadline = Deadline(self._timeouts.close_s)
-        self._sender.wait(deadline.left_s())
-        self._sender.stop(deadline.left_s())
+        self._sender.wait(deadline.left_s(), until=lambda: self._link.away)
+        call_s = self._timeouts.score_s if self._link.away else self._timeouts.close_s
+        self._sender.stop(min(deadline.left_s(), call_s))
         self._link.close(min(deadline.left_s(), self._timeouts.admin_s))
 
     def state_dict(self) -> dict[str, Any]:

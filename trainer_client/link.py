@@ -84,6 +84,11 @@ class JobLink:
     def usable(self) -> bool:
         return self.attached and not self.breaker.is_open
 
+    @property
+    def away(self) -> bool:
+        """Whether nothing can be delivered for now: the job is not attached, or the service did not answer."""
+        return not self.attached or self.breaker.is_away
+
     def call(self, method: str, request: Message, timeout_s: float, *, trial: bool = False) -> Any:
         """The answer to a call of this job, within `timeout_s` all in all. Raises WeighbridgeError and nothing else."""
         deadline = Deadline(timeout_s)

@@ -43,6 +43,7 @@ class Sender:
         self._queue: deque[_Pending] = deque()
         self._under_way = False
         self._stopping = False
+        self._abandoned = False  # what is under way has been counted as dropped
         self._error: WeighbridgeError | None = None
         self._retry = Backoff(FIRST_RETRY_S, LAST_RETRY_S)
         self._retry_at = 0.0
@@ -93,9 +94,11 @@ class Sender:
             self._changed.notify_all()
         self._thread.join(timeout_s)
         with self._changed:
-            if self._queue:
-                self._drop(len(self._queue), "the job was closed before they were delivered")
-                self._queue.clear()
+            undelivered = len(self._queue) + self._under_way
+            if undelivered:
+                self._drop(undelivered, "the job was closed before they were delivered")
+            self._queue.clear()
+            self._abandoned = True
 
     # ---- The thread -------------------------------------------------------------------------------------------------
 
@@ -150,43 +153,50 @@ class Sender:
             if not self._queue:
                 return
             pending = self._queue.popleft()
+            if time.monotonic() - pending.since > self._limits.update_age_s:
+                step = pending.request.step
+                self._give_up(Unavailable(f"the update of step {step} could not be delivered in time"))
+                return
             self._under_way = True
-        try:
-            self._deliver_one(pending)
-        finally:
-            with self._changed:
-                self._under_way = False
+        outcome = self._outcome(pending)
+        with self._changed:
+            self._under_way = False
+            if not self._abandoned:
+                self._settle(pending, outcome)
 
-    def _deliver_one(self, pending: _Pending) -> None:
-        request = pending.request
-        if time.monotonic() - pending.since > self._limits.update_age_s:
-            self._give_up(Unavailable(f"the update of step {request.step} could not be delivered in time"))
-            return
+    def _outcome(self, pending: _Pending) -> pb.MetaUpdateResponse | WeighbridgeError:
         try:
-            answer = self._link.call("MetaUpdate", request, self._timeouts.meta_update_s)
+            response: pb.MetaUpdateResponse = self._link.call(
+                "MetaUpdate", pending.request, self._timeouts.meta_update_s
+            )
+            return response
         except WeighbridgeError as exc:
-            lost_way = isinstance(exc, Unavailable | DeadlineExceeded | ResourceExhausted) or not self._link.attached
-            if lost_way:
-                self._put_back(pending, exc)
+            return exc
+
+    def _settle(self, pending: _Pending, outcome: pb.MetaUpdateResponse | WeighbridgeError) -> None:
+        request = pending.request
+        if isinstance(outcome, WeighbridgeError):
+            passing = isinstance(outcome, Unavailable | DeadlineExceeded | ResourceExhausted)
+            if passing or not self._link.attached:
+                self._put_back(pending, outcome)
             else:
-                self._refuse(request, exc)
+                self._refuse(request, outcome)
             return
         self._retry.reset()
-        self._link.acknowledged(request.step, answer.position)
+        self._link.acknowledged(request.step, outcome.position)
         self._tally.add("updates_acknowledged")
-        if answer.duplicate:
+        if outcome.duplicate:
             self._tally.add("updates_duplicate")
 
     def _put_back(self, pending: _Pending, exc: WeighbridgeError) -> None:
         self._tally.warn_once(f"retry {exc.code}", f"a meta-update will be sent again: {exc.message}")
-        with self._changed:
-            self._retry_at = time.monotonic() + self._retry.next_s()
-            if self._stopping:
-                self._drop(1, "the job was closed before they were delivered")
-            elif len(self._queue) >= self._limits.pending_updates:
-                self._drop(1, self._too_many())
-            else:
-                self._queue.appendleft(pending)
+        self._retry_at = time.monotonic() + self._retry.next_s()
+        if self._stopping:
+            self._drop(1, "the job was closed before they were delivered")
+        elif len(self._queue) >= self._limits.pending_updates:
+            self._drop(1, self._too_many())
+        else:
+            self._queue.appendleft(pending)
 
     # ---- Endings of an update ---------------------------------------------------------------------------------------
 

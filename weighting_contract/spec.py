@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from weighting_contract.errors import InvalidArgument
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,23 @@ def _build(kind: type, values: Any, path: str) -> Any:
     return kind(**{name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()})
 
 
+def check_name(value: str, field: str) -> None:
+    """Raises InvalidArgument for what can't name a weighter or a job."""
+    if not _NAME.fullmatch(value):
+        raise InvalidArgument(
+            f"{field} is {value!r}, expected 1 to 128 letters, digits, dots, dashes or underscores, "
+            "the first a letter or digit"
+        )
+
+
+def check_text(value: str, path: str) -> None:
+    """Raises InvalidArgument for a string that is no Unicode text, such as a lone surrogate: it could not be stored."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidArgument(f"{path} is {value!r}, which is not valid Unicode text") from exc
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
     options = [a for a in typing.get_args(hint) if a is not type(None)] if type(None) in typing.get_args(hint) else []
     if options:  # X | None
@@ -156,9 +176,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise InvalidArgument(f"{path} must be a list of strings, got {value!r}")
+        for text in value:
+            check_text(text, path)
         return tuple(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
         raise InvalidArgument(f"{path} must be a {hint.__name__}, got {value!r}")
+    if isinstance(value, str):
+        check_text(value, path)
     return value

@@ -58,7 +58,7 @@ class RawInputs:
     hidden: np.ndarray | None = None
     tokens: np.ndarray | None = None
     lengths: np.ndarray | None = None
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,7 @@ class Engine:
         started = time.monotonic()
         try:
             scores = batch[0].weighter.score([call.inputs for call in batch])
+            device_s = time.monotonic() - started
         except Exception as exc:  # whatever the model raises must reach the callers, and the thread must live on
             log.exception("scoring %d calls failed", len(batch))
             for call in batch:
@@ -188,7 +189,7 @@ class Engine:
                     calls=len(batch),
                     samples=sum(c.inputs.samples for c in batch),
                     tokens=sum(c.inputs.token_count for c in batch),
-                    device_s=time.monotonic() - started,
+                    device_s=device_s,
                     longest_wait_s=started - min(c.queued_at for c in batch),
                 )
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weighting_contract.errors import InvalidArgument
-from weighting_contract.spec import WeighterSpec
+from weighting_contract.spec import WeighterSpec, check_text
 from weighting_service.domain import Inputs, RawInputs
 
 Tokenize = Callable[[tuple[str, ...]], list[list[int]]]
@@ -74,8 +74,10 @@ def _floats(array: np.ndarray | None, field: str, width: int, source: str) -> np
         raise InvalidArgument(f"{field} are missing; this weighter needs [B, {width}] ({source})")
     if array.dtype.kind not in "fiu":
         raise InvalidArgument(f"{field} has dtype {array.dtype.name}, expected a floating type")
-    if array.ndim != 2 or array.shape[1] != width:
+    if array.ndim != 2 or (array.shape[1] != width and array.size):
         raise InvalidArgument(f"{field} has shape {list(array.shape)}, expected [B, {width}] ({source})")
+    if len(array) == 0:
+        raise InvalidArgument(f"{field} has no rows; a batch needs at least one sample")
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(array, dtype=np.float32)
     bad = ~np.isfinite(values)
@@ -108,14 +110,14 @@ def check_feature_names(names: tuple[str, ...], spec: WeighterSpec) -> None:
 def _token_rows(
     raw: RawInputs, spec: WeighterSpec, limits: BatchLimits, vocabulary_size: int | None, tokenize: Tokenize | None
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    given = [name for name, value in (("tokens", raw.tokens), ("texts", raw.texts or None)) if value is not None]
+    given = [name for name, value in (("tokens", raw.tokens), ("texts", raw.texts)) if value is not None]
     if spec.tokens is None:
         if given or raw.lengths is not None:
             raise InvalidArgument(f"{(given or ['lengths'])[0]} were given, but this weighter's spec reads no tokens")
         return None, None
     if len(given) != 1:
         raise InvalidArgument(f"this weighter reads tokens: give either tokens or texts, got {given or 'neither'}")
-    if raw.texts:
+    if raw.texts is not None:
         tokens, lengths = _from_texts(raw, spec.tokens.max_tokens, tokenize)
     else:
         assert raw.tokens is not None
@@ -138,6 +140,11 @@ def _from_texts(raw: RawInputs, max_tokens: int, tokenize: Tokenize | None) -> t
         raise InvalidArgument("texts were given, but this weighter's spec names no tokenizer; send token ids")
     if raw.lengths is not None:
         raise InvalidArgument("lengths go with tokens, not with texts; leave them out")
+    assert raw.texts is not None
+    if not raw.texts:
+        raise InvalidArgument("texts has no rows; a batch needs at least one sample")
+    for i, text in enumerate(raw.texts):
+        check_text(text, f"texts[{i}]")
     rows = [ids[:max_tokens] for ids in tokenize(raw.texts)]
     for i, row in enumerate(rows):
         if not row:
@@ -151,6 +158,8 @@ def _from_texts(raw: RawInputs, max_tokens: int, tokenize: Tokenize | None) -> t
 def _from_ids(tokens: np.ndarray, lengths: np.ndarray | None, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     if tokens.dtype.kind not in "iu":
         raise InvalidArgument(f"tokens has dtype {tokens.dtype.name}, expected an integer type")
+    if tokens.ndim == 2 and len(tokens) == 0:
+        raise InvalidArgument("tokens has no rows; a batch needs at least one sample")
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise InvalidArgument(f"tokens has shape {list(tokens.shape)}, expected [B, T] with T of at least 1")
     if tokens.shape[1] > max_tokens:

@@ -15,10 +15,11 @@ from starlette.exceptions import HTTPException
 
 from weighting_contract.errors import InvalidArgument, Unavailable, WeighbridgeError
 from weighting_contract.spec import WeighterSpec
-from weighting_contract.tensors import as_array
 from weighting_service.calls import call
 from weighting_service.domain import Estimator, LearningStatistics, RawInputs, Role, Scores
 from weighting_service.service import JobView, WeighterView, WeightingService
+
+INT64 = 2**63 - 1
 
 Rows = Annotated[list[list[float]], Field(description="one row a sample")]
 
@@ -39,9 +40,20 @@ class InputsBody(Body):
 
     def raw(self) -> RawInputs:
         tokens, lengths = _pad(self.tokens)
-        return RawInputs(
-            _floats(self.features, "features"), _floats(self.hidden, "hidden"), tokens, lengths, tuple(self.texts or ())
-        )
+        texts = None if self.texts is None else tuple(self.texts)
+        return RawInputs(_floats(self.features, "features"), _floats(self.hidden, "hidden"), tokens, lengths, texts)
+
+
+class ErrorDetail(BaseModel):
+    code: str = Field(examples=["INVALID_ARGUMENT"])
+    message: str
+    retry_after_s: float | None = None
+
+
+class ErrorBody(BaseModel):
+    """What every error looks like."""
+
+    error: ErrorDetail
 
 
 class CreateWeighterBody(Body):
@@ -58,13 +70,13 @@ class OpenJobBody(Body):
 
 
 class HeartbeatBody(Body):
-    fallback_steps: int = Field(0, ge=0)
+    fallback_steps: int = Field(0, ge=0, le=INT64)
 
 
 class ScoreBody(Body):
     inputs: InputsBody
-    step: int = 0
-    min_position: int = Field(0, description="wait until this position is applied")
+    step: int = Field(0, ge=0, le=INT64)
+    min_position: int = Field(0, ge=0, le=INT64, description="wait until this position is applied")
 
 
 class ScoreOnceBody(Body):
@@ -75,9 +87,9 @@ class ScoreOnceBody(Body):
 class MetaUpdateBody(Body):
     inputs: InputsBody
     cotangent: list[float] = Field(description="[B] dL_val/dw")
-    step: int
+    step: int = Field(ge=0, le=INT64)
     update_id: str = Field("", description="idempotency key within the job; empty: the step")
-    scored_position: int = 0
+    scored_position: int = Field(0, ge=0, le=INT64, description="position that the step's weights were scored at")
     estimator: Estimator = Estimator.VJP
 
 
@@ -88,6 +100,7 @@ def build_app(service: WeightingService, *, max_body_bytes: int) -> FastAPI:
         description="Learned per-sample weights for language model pretraining. Every error is "
         '`{"error": {"code", "message"}}`; weights have mean 1 over their batch.',
         version="1",
+        responses={"4XX": {"model": ErrorBody, "description": "the request is wrong"}, 422: {"model": ErrorBody}},
     )
     _add_errors(app)
     _add_body_limit(app, max_body_bytes)
@@ -168,7 +181,7 @@ def _add_jobs(app: FastAPI, service: WeightingService) -> None:
                 job_id,
                 body.step,
                 body.inputs.raw(),
-                np.array(body.cotangent, np.float32),
+                np.array(body.cotangent, np.float64),
                 update_id=body.update_id,
                 scored_position=body.scored_position,
                 estimator=body.estimator,
@@ -208,8 +221,12 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation_error(_: Request, exc: RequestValidationError) -> JSONResponse:
         first = exc.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-        return _error(InvalidArgument.code, f"{field}: {first['msg']}", InvalidArgument.http_status)
+        if first["type"] == "json_invalid":
+            message = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+        else:
+            field = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+            message = f"{field}: {first['msg']}, given: {repr(first.get('input'))[:80]}"
+        return _error(InvalidArgument.code, message, InvalidArgument.http_status)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, exc: HTTPException) -> JSONResponse:
@@ -232,8 +249,8 @@ def _add_body_limit(app: FastAPI, max_body_bytes: int) -> None:
     @app.middleware("http")
     async def body_limit(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         length = request.headers.get("content-length", "")
-        if request.method == "POST" and not length.isdigit():
-            return _error(InvalidArgument.code, "a Content-Length header is required with a body", 411)
+        if "transfer-encoding" in request.headers:
+            return _error(InvalidArgument.code, "a body needs a Content-Length header, not a Transfer-Encoding", 411)
         if length.isdigit() and int(length) > max_body_bytes:
             message = f"the body has {length} bytes, this service takes at most {max_body_bytes} (--max-message-mb)"
             return _error(InvalidArgument.code, message, 413)
@@ -241,14 +258,24 @@ def _add_body_limit(app: FastAPI, max_body_bytes: int) -> None:
 
 
 def _floats(rows: list[list[float]] | None, field: str) -> np.ndarray | None:
-    return None if rows is None else as_array(rows, field).astype(np.float64).astype(np.float32)
+    """[B, F] float64; what does not fit into float32 is found out where all inputs are checked."""
+    if rows is None:
+        return None
+    for i, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise InvalidArgument(f"{field}[{i}] has {len(row)} columns, but {field}[0] has {len(rows[0])}")
+    return np.array(rows, np.float64).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
 def _pad(rows: list[list[int]] | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-    if not rows:
+    """Rows of any lengths as [B, T] and [B]."""
+    if rows is None:
         return None, None
+    for i, row in enumerate(rows):
+        if not row:
+            raise InvalidArgument(f"tokens[{i}] has no tokens, expected at least one")
     lengths = np.array([len(row) for row in rows], np.int64)
-    tokens = np.zeros((len(rows), max(1, lengths.max())), np.int64)
+    tokens = np.zeros((len(rows), max([1, *lengths])), np.int64)
     for i, row in enumerate(rows):
         try:
             tokens[i, : len(row)] = row

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -29,7 +28,7 @@ from weighting_contract.errors import (
     Unavailable,
     WeighbridgeError,
 )
-from weighting_contract.spec import WeighterSpec
+from weighting_contract.spec import WeighterSpec, check_name, check_text
 from weighting_service.domain import (
     Estimator,
     Inputs,
@@ -52,8 +51,6 @@ from weighting_service.weighter import Weighter, weighter_files
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -206,11 +203,7 @@ class WeightingService:
     async def create_weighter(self, name: str, spec: WeighterSpec, exist_ok: bool = False) -> WeighterView:
         """A new weighter, durable when this returns; with `exist_ok` an equal one that is there already."""
         self._check_open()
-        if not NAME.fullmatch(name):
-            raise InvalidArgument(
-                f"name is {name!r}, expected 1 to 128 letters, digits, dots, dashes or underscores, "
-                "the first a letter or digit"
-            )
+        check_name(name, "name")
         spec.check()
         async with self._creation:
             if existing := self._entries.get(name):
@@ -291,10 +284,7 @@ class WeightingService:
         entry = self._entry(weighter)
         check_feature_names(feature_names, entry.hosted.record.spec)
         job_id = job_id or uuid.uuid4().hex
-        if not NAME.fullmatch(job_id):
-            raise InvalidArgument(
-                f"job_id is {job_id!r}, expected 1 to 128 letters, digits, dots, dashes or underscores"
-            )
+        check_name(job_id, "job_id")
         known = await self._find_job(job_id)
         uid = entry.hosted.record.uid
         if known and known.weighter_uid != uid:
@@ -385,6 +375,7 @@ class WeightingService:
         if step < 0:
             raise InvalidArgument(f"step is {step}, expected 0 or more")
         update_id = update_id or str(step)
+        check_text(update_id, "update_id")
         if len(update_id) > 128:
             raise InvalidArgument(f"update_id has {len(update_id)} characters, expected at most 128")
         inputs = await self._check_inputs(entry, raw, job.feature_names)
@@ -484,7 +475,7 @@ class WeightingService:
                 tokenize=entry.tokenize,
             )
 
-        return await asyncio.to_thread(check) if raw.texts else check()
+        return check() if raw.texts is None else await asyncio.to_thread(check)
 
     async def _wait_for(self, entry: _Entry, position: int) -> None:
         """Until the state has applied `position`. The caller's deadline ends the wait."""
@@ -504,7 +495,7 @@ class WeightingService:
         """A fresh weighter and its snapshot at position 0: later versions of torch may initialise otherwise."""
         weighter = Weighter(record.spec, device=self._device, models_dir=self._models_dir)
         if record.spec.tokens and record.spec.tokens.tokenizer:
-            load_tokenizer(record.spec.tokens.tokenizer, self._models_dir)
+            load_tokenizer(record.spec.tokens.tokenizer, self._models_dir, weighter.vocabulary_size)
         self._warm_up(weighter)
         try:
             self._snapshots.save(record.uid, 0, weighter.state_tensors(), weighter.state_metadata())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -88,11 +89,14 @@ def load_settings(arguments: list[str]) -> Settings:
         raise InvalidArgument(f"config is {str(file)!r}, expected a TOML file")
     try:
         return WithFile(_cli_parse_args=arguments)  # type: ignore[call-arg]
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise InvalidArgument(f"config {file} is not TOML: {exc}") from exc
+    except OSError as exc:
+        raise InvalidArgument(f"config {file} can't be read: {exc.strerror}") from exc
     except ValidationError as exc:
-        sentences = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')} (given: {e['input']!r})"
-            for e in exc.errors()
-        ]
-        raise InvalidArgument("; ".join(sentences)) from exc
+        raise InvalidArgument("; ".join(_sentence(error) for error in exc.errors())) from exc
+
+
+def _sentence(error: ErrorDetails) -> str:
+    flag = "--" + ".".join(map(str, error["loc"])).replace("_", "-")
+    return f"{flag}: {error['msg'].removeprefix('Value error, ')} (given: {error['input']!r})"

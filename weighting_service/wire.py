@@ -51,7 +51,7 @@ def inputs_from_message(message: pb.Inputs) -> RawInputs:
         for name in ("features", "hidden", "tokens", "lengths")
         if message.HasField(name)
     }
-    return RawInputs(**given, texts=tuple(message.texts))
+    return RawInputs(**given, texts=tuple(message.texts) or None)
 
 
 def scores_to_message(scores: Scores) -> pb.ScoreResponse:

@@ -482,6 +482,47 @@ def test_closing_the_client_ends_a_call_under_way(server: ScriptedServer) -> Non
     assert job.counters.updates_dropped == 1
 
 
+def test_closing_does_not_wait_for_a_service_that_is_away(server: ScriptedServer) -> None:
+    """Each close would take 600 s if it did: never attached, and gone in the middle."""
+    endless = Timeouts(score_s=1, meta_update_s=20, admin_s=20, close_s=600)
+    client, job = open_job(f"grpc://127.0.0.1:{unused_port()}", endless)
+    other_client, other = open_job(server.url, endless)
+    with client, other_client:
+        job.meta_update(COTANGENT, FEATURES, 0)
+        job.close()
+        server.service.before["MetaUpdate"] = abort(grpc.StatusCode.UNAVAILABLE, "gone")
+        other.meta_update(COTANGENT, FEATURES, 0)
+        other.close()
+    assert job.counters.updates_dropped == other.counters.updates_dropped == 1
+
+
+def test_closing_waits_for_a_service_that_is_overloaded(server: ScriptedServer) -> None:
+    full = abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after_s="0.1")
+
+    def overloaded_once(request: Any, context: grpc.ServicerContext) -> None:
+        if server.service.calls["MetaUpdate"] == 1:
+            full(request, context)
+
+    server.service.before["MetaUpdate"] = overloaded_once
+    client, job = open_job(server.url, limits=QUICK_TRIALS)
+    with client:
+        job.meta_update(COTANGENT, FEATURES, 0)
+        job.close()
+    assert (job.counters.updates_acknowledged, job.counters.updates_dropped) == (1, 0)
+
+
+def test_an_update_under_way_at_the_close_counts_as_dropped_once(server: ScriptedServer) -> None:
+    server.service.before["MetaUpdate"] = server.service.hang
+    client, job = open_job(server.url, Timeouts(meta_update_s=600, close_s=0.05))
+    job.meta_update(COTANGENT, FEATURES, 0)
+    wait_for(lambda: server.service.calls["MetaUpdate"])
+    job.close()
+    assert job.counters.updates_dropped == 1
+    client.close()
+    wait_for(lambda: not job_threads())
+    assert job.counters.updates_dropped == 1
+
+
 def test_raise_mode(server: ScriptedServer) -> None:
     with connect(f"grpc://127.0.0.1:{unused_port()}", on_failure="raise") as away, pytest.raises(Unavailable):
         away.open_job()

@@ -166,7 +166,7 @@ def test_a_target_profile_tells_the_target_from_the_rest(made: Path, pool: Path)
         ("--data missing.jsonl", "missing.jsonl"),
         ("--size huge", "model 'huge' is neither a size"),
         ("--tokenizer missing.json", "missing.json"),
-        ("--vocab-size 10", "vocab_size is 10"),
+        ("--vocab-size 10", "--vocab-size is 10"),
         ("--batch-size 50000", "fewer than one batch of 50000"),
         ("--seq-len 5000", "none of 60 documents has the 5001 tokens"),
         ("--steps -1", "--steps is -1, expected 0 or more"),

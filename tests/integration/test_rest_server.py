@@ -15,7 +15,8 @@ from tests.conftest import ServiceThread
 from tests.integration.test_grpc_server import NAMES, TINY_ENCODER, rows
 
 SPEC = {"features": {"names": NAMES}}
-TEXT_SPEC = {"tokens": {"encoder_config": TINY_ENCODER, "tokenizer": "bytes", "max_tokens": 64}}
+SMALL_VOCABULARY = TINY_ENCODER.replace("256", "64")
+TEXT_SPEC: dict[str, Any] = {"tokens": {"encoder_config": TINY_ENCODER, "tokenizer": "bytes", "max_tokens": 64}}
 
 
 def created(rest: httpx.Client, name: str = "w", spec: dict[str, Any] = SPEC) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def test_documentation(rest: httpx.Client) -> None:
 SCORE = "/v1/weighters/w/score"
 MISTAKES = [
     (SCORE, {"inputs": {"features": [[1, 2]]}}, 400, ["features", "[1, 2]", "[B, 3]"]),
-    (SCORE, {"inputs": {"features": [[1, 2, 3], [4]]}}, 400, ["features", "ragged"]),
+    (SCORE, {"inputs": {"features": [[1, 2, 3], [4]]}}, 400, ["features[1] has 1 columns"]),
     (SCORE, {"inputs": {"features": []}}, 400, ["features"]),
     (SCORE, {"inputs": {"features": [[1, 2, "x"]]}}, 400, ["inputs.features.0.2", "number"]),
     (SCORE, {"inputs": {"rows": [[1]]}}, 400, ["inputs.rows"]),
@@ -134,3 +135,45 @@ def test_a_body_over_the_limit(tmp_path: Path) -> None:
     assert refused.status_code == 413
     assert "1048577 bytes" in refused.json()["error"]["message"]
     assert "at most 1048576" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/v1/weighters", {"name": "x", "spec": {"features": {"names": ["a\ud800"]}}}, "not valid Unicode"),
+        ("/v1/weighters/text/score", {"inputs": {"texts": ["\ud800"]}}, "texts[0] is"),
+        ("/v1/weighters/text/score", {"inputs": {"texts": []}}, "texts has no rows"),
+        ("/v1/weighters/text/score", {"inputs": {"tokens": []}}, "tokens has no rows"),
+        ("/v1/weighters/text/score", {"inputs": {"tokens": [[1], []]}}, "tokens[1] has no tokens"),
+        (SCORE, {"inputs": {"features": []}}, "features has no rows"),
+        (SCORE, {"inputs": {"features": [[1, 2, 1e39]]}}, "features[0, 2] is 1e+39"),
+        (SCORE, {"inputs": {"features": [[1, 2, 3], [4]]}}, "features[1] has 1 columns, but features[0] has 3"),
+        ("/v1/jobs/j/meta-updates", {"step": 10**20, "inputs": {}, "cotangent": []}, "step: "),
+        ("/v1/jobs/j/heartbeat", {"fallback_steps": 10**20}, "fallback_steps: "),
+        (
+            "/v1/weighters",
+            {
+                "name": "x",
+                "spec": {"tokens": TEXT_SPEC["tokens"] | {"encoder_config": SMALL_VOCABULARY}},
+            },
+            "at least 256",
+        ),
+        (
+            "/v1/weighters",
+            {"name": "x", "spec": {"tokens": {"encoder_config": '{"model_type": "no-such-model"}'}}},
+            "no-such-model",
+        ),
+    ],
+)
+def test_extreme_values_are_mistakes_like_others(
+    rest: httpx.Client, path: str, body: dict[str, Any], words: str
+) -> None:
+    created(rest)
+    created(rest, "text", TEXT_SPEC)
+    content = json.dumps(body).encode()  # ASCII, with lone surrogates as escapes
+    response = rest.post(path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    message = response.json()["error"]["message"]
+    assert words in message
+    assert len(message) < 600
+    assert {w["name"] for w in rest.get("/v1/weighters").json()["weighters"]} == {"w", "text"}

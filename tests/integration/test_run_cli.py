@@ -235,6 +235,8 @@ def test_without_a_service_the_run_is_uniform(data, tmp_path, finished):
     summary = _read(out / "summary.json")
     assert summary["fallback_steps"] == STEPS
     assert summary["weighter"]["version"] is None
+    client = summary["weighter"]["client"]
+    assert client["updates_sent"] == client["updates_dropped"] == STEPS // 4
     for name, tensor in _final(finished, "uniform").items():
         assert torch.equal(_final(out)[name], tensor), name
 
@@ -247,17 +249,30 @@ def test_without_a_service_the_run_is_uniform(data, tmp_path, finished):
         ("--device abacus", "--device is 'abacus'"),
         ("--weighter nowhere", "url is 'nowhere'"),
         ("--batch-size 5000 --meta-batch 4", "fewer than one batch of 5000"),
-        ("--vocab-size 10", "vocab_size is 10"),
+        ("--vocab-size 10", "--vocab-size is 10"),
+        ("--test empty.jsonl", "empty.jsonl"),
+        ("--weighter-name a/b", "--weighter-name is 'a/b'"),
         ("--tokenizer missing.json", "missing.json"),
         ("--lr -1", "--lr is -1"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(data, tmp_path, capsys, flags, words):
-    assert main([*data, "--out", str(tmp_path / "out"), *flags.split()]) == 2
-    errors = capsys.readouterr().err
-    assert words in errors
-    assert errors.count("\n") == 1
-    assert "Traceback" not in errors
+def test_mistakes_are_one_sentence_and_exit_code_2(data, finished, tmp_path, capsys, monkeypatch, flags, words):
+    """And they change nothing: no new folder, and an old run stays, whatever --overwrite says."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    before = _contents(finished)
+    for where in (["--out", "out"], ["--out", str(finished), "--overwrite"]):
+        assert main([*data, *where, *flags.split()]) == 2
+        errors = capsys.readouterr().err
+        assert words in errors
+        assert errors.count("\n") == 1
+        assert "Traceback" not in errors
+    assert not Path("out").exists()
+    assert _contents(finished) == before
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_folder_with_a_run_is_refused(data, finished, capsys):
@@ -274,3 +289,23 @@ def test_another_spec_under_the_name_is_a_mistake(data, tmp_path, capsys):
         client.create_weighter("default", WeighterSpec(features=FeatureSpec(names=("something",))))
     assert main([*data, "--weighter", url, "--out", str(tmp_path / "out")]) == 2
     assert "default" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_replaces_a_run_by_one_on_its_own_tokenizer(data, tmp_path):
+    out = tmp_path / "out"
+    short = ["--steps", "4", "--method", "uniform", "--out", str(out)]
+    assert main([*data, *short]) == 0
+    assert main([*data, *short, "--overwrite", "--seed", "5", "--tokenizer", str(out / "tokenizer.json")]) == 0
+    assert _read(out / "summary.json")["seed"] == 5
+
+
+def test_a_run_under_way_keeps_others_out_of_its_folder(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    process = _start([*data, "--steps", "5000", "--out", str(out)])
+    _when(lambda: _lines(out / "dwm" / "metrics.jsonl") >= 1, process)
+    assert main([*data, "--out", str(out), "--overwrite"]) == 2
+    assert f"is in use by another run (process {process.pid})" in capsys.readouterr().err
+    process.kill()
+    process.communicate()
+    assert main([*data, "--out", str(out), "--overwrite", "--steps", "4"]) == 0

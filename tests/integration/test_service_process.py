@@ -81,16 +81,16 @@ def failing(*flags: str, **environment: str) -> str:
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:
     assert "unrecognized arguments: --nonsense" in failing("--nonsense", "1")
-    assert "grpc_port" in failing("--grpc-port", "99999")
+    assert "--grpc-port: " in failing("--grpc-port", "99999")
     assert "'gpu' is not a device" in failing("--device", "gpu")
-    assert "max_message_mb" in failing(WEIGHBRIDGE_MAX_MESSAGE_MB="0")
+    assert "--max-message-mb: " in failing(WEIGHBRIDGE_MAX_MESSAGE_MB="0")
     assert "expected a TOML file" in failing("--config", str(tmp_path / "none.toml"))
     broken = tmp_path / "broken.toml"
     broken.write_text("rest_port =")
     assert "is not TOML" in failing("--config", str(broken))
     unknown = tmp_path / "unknown.toml"
     unknown.write_text("rest_prot = 1")
-    assert "rest_prot" in failing("--config", str(unknown))
+    assert "rest-prot" in failing("--config", str(unknown))
     file = tmp_path / "file"
     file.write_text("")
     assert "can't be made a directory" in failing("--state", str(file / "x"), "--rest-port", "0", "--grpc-port", "0")

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 SPEC = WeighterSpec(
     features=FeatureSpec(names=("a", "b", "c", "d", "e")),
     head=HeadSpec(width=8, layers=2, attention_heads=2, temperature=0.01, floor=0.05, min_effective_share=0.6),
-    learning=LearningSpec(max_gradient_norm=0.01, cotangent_clip=1.5),
+    learning=LearningSpec(learning_rate=3e-3, max_gradient_norm=0.01, cotangent_clip=1.5),
     seed=5,
 )
 

@@ -61,7 +61,12 @@ RULES = (
     Rule("weighting_service.domain", ours=("weighting_contract",), forbidden=SERVE_FRAMEWORKS),
     Rule(
         "weighting_service.weighter",
-        ours=("weighting_service.weighter", "weighting_service.domain", "weighting_contract"),
+        ours=(
+            "weighting_service.weighter",
+            "weighting_service.domain",
+            "weighting_service.models_dir",
+            "weighting_contract",
+        ),
         forbidden=(*SERVE_FRAMEWORKS, *SIDE_EFFECTS),
     ),
     Rule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -12,7 +13,14 @@ from weighting_contract.errors import InvalidArgument
 
 
 def test_no_flags_give_the_checked_defaults():
-    assert parse([]) == RunConfig().check()
+    config = parse([])
+    assert config == RunConfig(out=config.out).check()
+
+
+def test_each_run_without_out_gets_a_folder_of_its_own():
+    first, second = parse([]).out, parse([]).out
+    assert re.fullmatch(r"runs/\d{8}-\d{6}-[0-9a-f]{6}", first)
+    assert first != second
 
 
 def test_every_field_is_a_flag_with_help(capsys):
@@ -27,7 +35,9 @@ def test_every_field_is_a_flag_with_help(capsys):
 
 def test_flags_reach_their_fields():
     config = parse(["--data", "a.txt", "b.txt", "--val", "v.txt", "--steps", "7", "--method", "uniform", "--overwrite"])
-    assert config == RunConfig(data=("a.txt", "b.txt"), val=("v.txt",), steps=7, method="uniform", overwrite=True)
+    assert config == RunConfig(
+        data=("a.txt", "b.txt"), val=("v.txt",), steps=7, method="uniform", overwrite=True, out=config.out
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,6 +46,12 @@ def test_flags_reach_their_fields():
         ("--steps 0", "--steps is 0"),
         ("--lr 0", "--lr is 0"),
         ("--seed -1", "--seed is -1"),
+        ("--seed 4294967296", "--seed is 4294967296, expected at most 4294967295"),
+        ("--weighter nowhere", "--weighter: url is 'nowhere', expected grpc://host:port"),
+        ("--weighter grpc://host", "'host' is not host:port"),
+        ("--weighter embedded://state", "absolute path"),
+        ("--weighter-name a/b", "--weighter-name is 'a/b', expected 1 to 128 letters"),
+        ("--resume", "--resume without --out"),
         ("--meta-batch 33", "--batch-size (32)"),
         ("--meta-batch 1", "--meta-batch is 1"),
         ("--method uniform --compare uniform", "another --method"),
@@ -73,6 +89,44 @@ def test_resume_refuses_another_setting(tmp_path):
     _save(tmp_path, RunConfig(steps=50, out=str(tmp_path)))
     with pytest.raises(InvalidArgument, match=r"--steps is 60, but the run .* was started with 50"):
         parse(["--resume", "--out", str(tmp_path), "--steps", "60"])
+
+
+def test_a_refused_setting_is_shown_as_it_is_written(tmp_path):
+    _save(tmp_path, RunConfig(data=("a", "b"), val=("c",), out=str(tmp_path)))
+    with pytest.raises(InvalidArgument, match=r"--data is x y, but the run .* was started with a b;"):
+        parse(["--resume", "--out", str(tmp_path), "--data", "x", "y"])
+    with pytest.raises(InvalidArgument, match=r"--test is t, but the run .* was started with nothing;"):
+        parse(["--resume", "--out", str(tmp_path), "--test", "t"])
+
+
+def test_an_empty_out_is_refused():
+    with pytest.raises(InvalidArgument, match="--out is empty"):
+        parse(["--out", ""])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("steps", "50", "steps is '50', expected int"),
+        ("steps", True, "steps is True, expected int"),
+        ("lr", None, "lr is None, expected float"),
+        ("out", 3, "out is 3, expected str"),
+        ("data", "a.txt", "data is 'a.txt', expected a list of strings"),
+        ("val", [1], r"val is \(1,\), expected a list of strings"),
+    ],
+)
+def test_saved_settings_of_another_type_are_refused(tmp_path, name, value, expected):
+    values = {**RunConfig(out=str(tmp_path)).to_dict(), name: value}
+    (tmp_path / "config.json").write_text(json.dumps({"job_id": "j", "config": values}))
+    with pytest.raises(InvalidArgument, match=rf"config\.json is damaged: {expected}"):
+        parse(["--resume", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 3}', '{"config": ["a"]}', '{"config": null}'])
+def test_files_that_are_not_settings_are_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InvalidArgument, match="not the settings of a run"):
+        parse(["--resume", "--out", str(tmp_path)])
 
 
 def test_saved_settings_that_are_not_settings_are_refused(tmp_path):

@@ -139,7 +139,7 @@ def test_dropped_documents_are_logged_and_progress_is_reported(
     assert seen == [(64, 100, "tokenizing"), (100, 100, "tokenizing")]
 
 
-@pytest.mark.parametrize(("seq_len", "message"), [(0, "seq_len is 0"), (9, "none of 1 documents has the 10 tokens")])
+@pytest.mark.parametrize(("seq_len", "message"), [(0, "--seq-len is 0"), (9, "none of 1 documents has the 10 tokens")])
 def test_no_samples(byte_tokenizer: Tokenizer, seq_len: int, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         make_samples([Document("abc", "s")], byte_tokenizer, seq_len)
@@ -197,7 +197,7 @@ def test_a_batch_may_be_changed_by_its_caller() -> None:
     ("count", "batch_size", "seed", "message"),
     [
         (3, 4, 0, "there are 3 samples, fewer than one batch of 4"),
-        (3, 0, 0, "batch_size is 0"),
+        (3, 0, 0, "--batch-size is 0"),
         (3, 2, -1, "seed is -1"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from trainer_client.run.config import RunConfig
 from trainer_client.run.metrics import Metrics, read_metrics
 from trainer_client.run.progress import JobProgress
-from trainer_client.run.workspace import open_workspace
+from trainer_client.run.workspace import Workspace, check_workspace, open_workspace
 from weighting_contract.errors import FailedPrecondition, InvalidArgument
 
 
@@ -73,22 +74,64 @@ def test_in_a_terminal_a_bar_shows_the_step_s_numbers():
         assert text in shown
 
 
+def _opened(config: RunConfig) -> Workspace:
+    with open_workspace(config) as workspace:
+        return workspace
+
+
 def test_a_folder_with_a_run_is_refused_continued_or_replaced(tmp_path):
     out = tmp_path / "my run"
-    first = open_workspace(RunConfig(out=str(out)))
+    first = _opened(RunConfig(out=str(out)))
     (out / "dwm").mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(FailedPrecondition, match=r"already holds a run: add --resume .* --overwrite"):
-        open_workspace(RunConfig(out=str(out)))
-    assert open_workspace(RunConfig(out=str(out), resume=True)).job_id == first.job_id
+        _opened(RunConfig(out=str(out)))
+    assert _opened(RunConfig(out=str(out), resume=True)).job_id == first.job_id
     assert (out / "dwm").exists()
-    replaced = open_workspace(RunConfig(out=str(out), overwrite=True, seed=4))
+    replaced = _opened(RunConfig(out=str(out), overwrite=True, seed=4))
     assert replaced.job_id != first.job_id
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "notes.txt"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "config.json", "notes.txt"]
     assert json.loads((out / "config.json").read_text())["config"]["seed"] == 4
 
 
 def test_out_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(InvalidArgument, match="is a file"):
-        open_workspace(RunConfig(out=str(tmp_path / "f")))
+        check_workspace(RunConfig(out=str(tmp_path / "f")))
+
+
+def test_checking_changes_nothing(tmp_path):
+    check_workspace(RunConfig(out=str(tmp_path / "new")))
+    assert list(tmp_path.iterdir()) == []
+    _opened(RunConfig(out=str(tmp_path / "old")))
+    before = (tmp_path / "old" / "config.json").read_bytes()
+    check_workspace(RunConfig(out=str(tmp_path / "old"), overwrite=True, seed=4))
+    assert (tmp_path / "old" / "config.json").read_bytes() == before
+
+
+def test_results_of_somebody_else_are_not_removed(tmp_path):
+    (tmp_path / "summary.json").write_text("mine")
+    _opened(RunConfig(out=str(tmp_path), overwrite=True))
+    assert (tmp_path / "summary.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_in_use_is_refused_and_left_as_it_is(tmp_path, flags):
+    with open_workspace(RunConfig(out=str(tmp_path))) as workspace:
+        before = (tmp_path / "config.json").read_bytes()
+        message = rf"--out .* is in use by another run \(process {os.getpid()}\)"
+        with pytest.raises(FailedPrecondition, match=message):
+            check_workspace(RunConfig(out=str(tmp_path), **flags))
+        with pytest.raises(FailedPrecondition, match=message):
+            _opened(RunConfig(out=str(tmp_path), **flags))
+        assert (tmp_path / "config.json").read_bytes() == before
+    assert _opened(RunConfig(out=str(tmp_path), resume=True)).job_id == workspace.job_id
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "not the settings"), ("[]", "not the settings"), ('{"job_id": 3}', "job_id is 3")]
+)
+def test_a_damaged_job_id_is_refused(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InvalidArgument, match=words):
+        check_workspace(RunConfig(out=str(tmp_path), resume=True))

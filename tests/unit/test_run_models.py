@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from huggingface_hub import is_offline_mode
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from trainer_client.run.models import SIZES, build_model, count_parameters, llama_config
 from weighting_contract.errors import InvalidArgument
@@ -72,14 +73,59 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
     build_model("nano", 300, 16, seed=0).save_pretrained(tmp_path)
     with pytest.raises(InvalidArgument, match="knows 300 tokens, but the tokenizer has 301"):
         build_model(str(tmp_path), 301, 16, seed=0)
-    with pytest.raises(InvalidArgument, match="at most 16 tokens a sample, but seq_len is 17"):
+    with pytest.raises(InvalidArgument, match="at most 16 tokens a sample, but --seq-len is 17"):
         build_model(str(tmp_path), 300, 17, seed=0)
 
 
-@pytest.mark.parametrize("name", ["huge", "{tmp}", "{tmp}/absent", "x" * 300])
-def test_neither_preset_nor_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InvalidArgument, match=r"is neither a size .*nano, micro.* nor a folder with a config\.json"):
-        build_model(name.format(tmp=tmp_path), 300, 16, seed=0)
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub, empty; conftest.py sees to it that there is no way to the hub itself."""
+    assert is_offline_mode()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("name", ["huge", "somebody/something", "./absent", "x" * 250])
+def test_neither_preset_nor_folder_nor_on_the_hub(hub: Path, name: str) -> None:
+    expected = (
+        r"model .* is neither a size \(tiny, nano, .*\), nor a folder with a config\.json of transformers, "
+        r"nor a model that could be loaded from the hub: .+"
+    )
+    with pytest.raises(InvalidArgument, match=expected) as error:
+        build_model(name, 300, 16, seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_the_hub_goes_by_its_name(hub: Path) -> None:
+    saved = build_model("nano", 300, 16, seed=1)
+    repository = hub / "models--somebody--something"
+    saved.save_pretrained(repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert equal(saved, build_model("somebody/something", 300, 16, seed=2))
+
+
+def test_a_folder_without_a_config(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"is a folder without a config\.json"):
+        build_model(str(tmp_path), 300, 16, seed=0)
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_a_model_that_is_not_causal(tmp_path: Path, with_weights: bool) -> None:
+    config = BertConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    if not with_weights:
+        (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InvalidArgument, match="is not causal"):
+        build_model(str(tmp_path), 300, 16, seed=0)
+
+
+def test_a_model_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 300}))
+    with pytest.raises(InvalidArgument, match="can't be loaded"):
+        build_model(str(tmp_path), 300, 16, seed=0)
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "no-such-model"}', "{}"])

@@ -21,6 +21,12 @@ from trainer_client.run.report import (
 )
 from weighting_contract.errors import InvalidArgument
 
+WEIGHTER = {
+    "name": "default",
+    "version": 7,
+    "applied_updates": 7,
+    "client": {"updates_sent": 9, "updates_acknowledged": 7, "updates_dropped": 2},
+}
 CURVE = [(10, 1.0, 6.0), (20, 3.0, 5.0), (30, 4.0, 5.5), (40, 6.0, 4.0)]
 
 
@@ -76,7 +82,7 @@ def _summary(method: str, loss: float) -> RunSummary:
         meta_updates_skipped=1,
         effective_sample_size=14.2,
         weights_by_source={"prose": 1.5, "noise": 0.5} if method == "dwm" else {"prose": 1.0, "noise": 1.0},
-        weighter={"name": "default", "version": 9, "applied_updates": 9} if method == "dwm" else None,
+        weighter=WEIGHTER if method == "dwm" else None,
         test_curve=[(step, seconds, x + loss - 4.0) for step, seconds, x in CURVE],
     )
 
@@ -120,6 +126,7 @@ def test_table_shows_both_runs():
     assert rows["mean weight of prose*"] == ["1.00", "1.50"]
     assert rows["teaching, s"] == ["-", "0.8 (10 %)"]
     assert rows["meta-updates (degenerate)"] == ["-", "9 (1)"]
+    assert rows["acknowledged of sent since the last start"] == ["-", "7 of 9"]
 
 
 def test_plot_is_a_picture(tmp_path):

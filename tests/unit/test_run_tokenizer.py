@@ -46,7 +46,7 @@ def test_progress_covers_all_texts() -> None:
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="vocab_size is 255, expected 256 or more"):
+    with pytest.raises(InvalidArgument, match="--vocab-size is 255, expected 256 or more"):
         train_tokenizer(TEXTS, 255)
 
 

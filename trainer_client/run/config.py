@@ -8,13 +8,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import secrets
+import time
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer_client.transports import check_url
 from weighting_contract.errors import InvalidArgument
+from weighting_contract.spec import check_name
 
 METHODS = ("dwm", "uniform")
 HYPERGRADIENTS = ("finite_difference", "jvp", "exact")
@@ -22,8 +26,10 @@ SCHEDULES = ("online", "staged")
 LR_SCHEDULES = ("constant", "cosine")  # constant: the loss at a step does not depend on how many are to come
 
 
-def _flag(default: Any, help: str, choices: Sequence[str] = (), least: int | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "least": least})
+def _flag(
+    default: Any, help: str, choices: Sequence[str] = (), least: int | None = None, most: int | None = None
+) -> Any:
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "least": least, "most": most})
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class RunConfig:
     test: tuple[str, ...] = _flag(
         (), "test documents, only ever evaluated; same forms (default: half of the validation documents)"
     )
-    model: str = _flag("nano", "size preset, or the folder of a transformers causal LM")
+    model: str = _flag("nano", "size preset, or the name or folder of a transformers causal LM")
     tokenizer: str = _flag("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the data)")
     vocab_size: int = _flag(1024, "entries of a tokenizer that is trained here", least=1)
 
@@ -51,7 +57,7 @@ class RunConfig:
     lr: float = _flag(2e-3, "peak learning rate of AdamW")
     warmup_steps: int = _flag(20, "steps of linear warm-up of the learning rate", least=0)
     lr_schedule: str = _flag("constant", "after the warm-up: constant, or a cosine to a tenth", LR_SCHEDULES)
-    seed: int = _flag(0, "of parameters, data order and validation draws", least=0)
+    seed: int = _flag(0, "of parameters, data order and validation draws", least=0, most=2**32 - 1)
 
     weighter: str = _flag("embedded", "embedded, embedded:///STATE, grpc://HOST:PORT or http://HOST:PORT")
     weighter_name: str = _flag("default", "name of the weighter; it is created where it does not exist")
@@ -64,7 +70,7 @@ class RunConfig:
     stages: int = _flag(5, "stages of the staged schedule", least=1)
     stage_updates: int = _flag(30, "meta-updates between two stages", least=1)
 
-    out: str = _flag("runs/latest", "folder for everything that the run writes")
+    out: str = _flag("", "folder for everything that the run writes (default: runs/ and a name of its own)")
     resume: bool = _flag(False, "continue the run in --out; its own settings are used where no flag is given")
     overwrite: bool = _flag(False, "replace a run that is already in --out")
     checkpoint_every: int = _flag(100, "steps between checkpoints", least=1)
@@ -76,11 +82,14 @@ class RunConfig:
     def check(self) -> RunConfig:
         """This config. Raises InvalidArgument, naming the flag, where a value is out of range or two contradict."""
         for f in dataclasses.fields(self):
-            value, choices, least = getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            least, most = f.metadata["least"], f.metadata["most"]
             if choices and value not in choices and value != f.default:
                 raise InvalidArgument(f"{flag(f.name)} is {value!r}, expected one of {', '.join(choices)}")
             if least is not None and value < least:
                 raise InvalidArgument(f"{flag(f.name)} is {value}, expected {least} or more")
+            if most is not None and value > most:
+                raise InvalidArgument(f"{flag(f.name)} is {value}, expected at most {most}")
         if not 0 < self.lr <= 1:
             raise InvalidArgument(f"--lr is {self.lr}, expected more than 0 and at most 1")
         if not 2 <= self.meta_batch <= self.batch_size and self.method == "dwm":
@@ -94,9 +103,21 @@ class RunConfig:
             raise InvalidArgument(f"--stages is {self.stages}, expected at most --steps ({self.steps})")
         if self.resume and self.overwrite:
             raise InvalidArgument("--resume and --overwrite exclude each other: continue the run, or replace it")
-        if self.data == ("builtin",) or self.val:
-            return self
-        raise InvalidArgument("--data without --val: name validation documents, they are what weights are learned for")
+        if not self.out:
+            raise InvalidArgument("--out is empty, expected a folder for what the run writes")
+        if self.data != ("builtin",) and not self.val:
+            raise InvalidArgument(
+                "--data without --val: name validation documents, they are what weights are learned for"
+            )
+        self._check_weighter()
+        return self
+
+    def _check_weighter(self) -> None:
+        try:
+            check_url(self.weighter)
+        except InvalidArgument as exc:
+            raise InvalidArgument(f"--weighter: {exc.message}") from exc
+        check_name(self.weighter_name, "--weighter-name")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without what only concerns the start (resume, overwrite)."""
@@ -119,14 +140,20 @@ def flag(name: str) -> str:
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     """The checked config of a command line (None: the process's own).
 
-    With --resume the settings of the run in --out stand in for flags that are not given. Raises InvalidArgument where a
-    flag contradicts them; argparse's own errors exit with code 2.
+    Without --out the run gets a new folder. With --resume the settings of the run in --out stand in for flags that are
+    not given. Raises InvalidArgument where a flag contradicts them; argparse's own errors exit with code 2.
     """
     given = vars(_parser().parse_args(arguments))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if given.get("resume"):
         given = _over_saved(given)
+    given.setdefault("out", _new_folder())
     return RunConfig(**given).check()
+
+
+def _new_folder() -> str:
+    """Runs may start in the same second, and in containers, where they have the same process id."""
+    return f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,24 +180,46 @@ def _parser() -> argparse.ArgumentParser:
 
 def _over_saved(given: dict[str, Any]) -> dict[str, Any]:
     """`given` flags over the saved settings of the run in its --out folder."""
-    path = Path(given.get("out", RunConfig.out)) / "config.json"
+    if not given.get("out"):
+        raise InvalidArgument("--resume without --out: name the folder of the run to continue")
+    path = Path(given["out"]) / "config.json"
     if not path.is_file():
         raise InvalidArgument(f"--resume: {path.parent} holds no run to continue ({path.name} is missing)")
     saved = load(path).to_dict()
     for name, value in given.items():
         if name not in _FREE_ON_RESUME and value != saved[name]:
             raise InvalidArgument(
-                f"{flag(name)} is {value}, but the run in {path.parent} was started with {saved[name]}; "
+                f"{flag(name)} is {_shown(value)}, but the run in {path.parent} was started with "
+                f"{_shown(saved[name])}; "
                 "leave the flag out to continue it, or start a new run in another --out"
             )
     return {**saved, **given}
 
 
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return (" ".join(value) if isinstance(value, tuple) else str(value)) or "nothing"
+
+
 def load(path: Path) -> RunConfig:
     """The config in a run's config.json. Raises InvalidArgument where the file is not one."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]
+        values: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return RunConfig(**fields)
+        config = RunConfig(**fields)
     except (ValueError, KeyError, TypeError) as exc:
         raise InvalidArgument(f"{path} is not the settings of a run: {exc}") from exc
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        value = getattr(config, name)
+        if not _is_of(value, hint):
+            kind = hint.__name__ if isinstance(hint, type) else "a list of strings"
+            raise InvalidArgument(f"{path} is damaged: {name} is {value!r}, expected {kind}")
+    return config
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (bool, int, str):
+        return type(value) is hint  # a bool is no int here
+    return isinstance(value, tuple) and all(isinstance(item, str) for item in value)

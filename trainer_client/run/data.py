@@ -72,7 +72,7 @@ def load_corpus(
     names, val_names, test_names = _names(data), _names(val), _names(test)
     if not val_names:
         if BUILTIN not in names:
-            raise InvalidArgument(f"val is missing: name documents of the target that {', '.join(names)} is to serve")
+            raise InvalidArgument(f"--val is missing: name documents of the target that {', '.join(names)} is to serve")
         val_names = [BUILTIN]
     if not test_names and val_names == [BUILTIN]:
         test_names = [BUILTIN]
@@ -106,7 +106,7 @@ def _load(names: Sequence[str], builtin: Callable[[], Iterable[Document]], progr
     for name in names:
         documents.extend(builtin() if name == BUILTIN else read_documents(name, progress=progress))
     if not documents:
-        raise InvalidArgument("data names nothing: expected builtin, files, or a dataset")
+        raise InvalidArgument("--data names nothing: expected builtin, files, or a dataset")
     return documents
 
 
@@ -114,7 +114,9 @@ def _halves(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     """Every other distinct text, in the order of their hashes."""
     distinct = sorted({_digest(document): document for document in reversed(documents)}.items())
     if len(distinct) < 2:
-        raise InvalidArgument("test is missing, and val has only one document: name test documents, or give val more")
+        raise InvalidArgument(
+            "--test is missing, and --val has only one document: name test documents, or more of --val"
+        )
     return [document for _, document in distinct[::2]], [document for _, document in distinct[1::2]]
 
 
@@ -171,7 +173,7 @@ def make_samples(
         InvalidArgument: seq_len below 1, or no document is as long as a window.
     """
     if seq_len < 1:
-        raise InvalidArgument(f"seq_len is {seq_len}, expected 1 or more")
+        raise InvalidArgument(f"--seq-len is {seq_len}, expected 1 or more")
     listed = list(documents)
     sources = tuple(sorted({document.source for document in listed}))
     index_of = {source: index for index, source in enumerate(sources)}
@@ -194,7 +196,7 @@ def make_samples(
     if not windows:
         raise InvalidArgument(
             f"none of {len(listed)} documents has the {seq_len + 1} tokens of a sample: "
-            f"lower seq_len ({seq_len}) or give longer documents"
+            f"lower --seq-len ({seq_len}) or give longer documents"
         )
     if dropped_documents:
         logger.info("%d of %d documents are shorter than a sample and left out", dropped_documents, len(listed))
@@ -230,13 +232,13 @@ class BatchOrder:
 
     def __init__(self, samples: Sized, batch_size: int, seed: int) -> None:
         if batch_size < 1:
-            raise InvalidArgument(f"batch_size is {batch_size}, expected 1 or more")
+            raise InvalidArgument(f"--batch-size is {batch_size}, expected 1 or more")
         if seed < 0:
-            raise InvalidArgument(f"seed is {seed}, expected 0 or more")
+            raise InvalidArgument(f"--seed is {seed}, expected 0 or more")
         if len(samples) < batch_size:
             raise InvalidArgument(
                 f"there are {len(samples)} samples, fewer than one batch of {batch_size}: "
-                "give more data, or lower batch_size or seq_len"
+                "give more data, or lower --batch-size or --seq-len"
             )
         self.count = len(samples)
         self.batch_size = batch_size

@@ -1,6 +1,7 @@
-"""The causal LM that a run pretrains: Llama size presets, or a folder of a transformers model.
+"""The causal LM that a run pretrains: Llama size presets, or a transformers model by folder or name.
 
-Knows nothing of data, weights or the service. Local files only; weights are read from safetensors, never from pickles.
+Knows nothing of data, weights or the service. Weights are read from safetensors, never from pickles; code of a
+model's own is never run.
 """
 
 from __future__ import annotations
@@ -43,33 +44,32 @@ SIZES = {
 }
 
 
-def build_model(size_or_path: str, vocab_size: int, seq_len: int, seed: int) -> PreTrainedModel:
-    """A model in float32 on the CPU, in training mode, without a key-value cache.
+def build_model(name: str, vocab_size: int, seq_len: int, seed: int) -> PreTrainedModel:
+    """A causal LM in float32 on the CPU, in training mode, without a key-value cache.
 
     Args:
-        size_or_path: a preset (`SIZES`); a folder with config.json and safetensors, whose weights are loaded; or a
-            folder or file of a config alone, whose model is freshly initialised.
+        name: a preset (`SIZES`); a folder with config.json and safetensors, whose weights are loaded; a folder or file
+            of a config alone, whose model is freshly initialised; or the name of a model on the hub.
         vocab_size: of the tokenizer. A preset takes it; a loaded model must have as many or more.
         seq_len: tokens a sample.
         seed: of the initial parameters; the global random state is left as it was.
 
     Raises:
-        InvalidArgument: neither preset nor folder, unreadable, or too small for vocab_size or seq_len.
+        InvalidArgument: nothing of this name, unreadable, not causal, or too small for vocab_size or seq_len.
     """
-    if size_or_path in SIZES:
-        return _fresh(llama_config(SIZES[size_or_path], vocab_size, seq_len), seed)
-    path = Path(size_or_path)
-    config = _read_config(path)
-    _check_fits(config, size_or_path, vocab_size, seq_len)
-    if not path.is_dir() or not _has_weights(path):
-        return _fresh(config, seed)
+    if name in SIZES:
+        return _fresh(llama_config(SIZES[name], vocab_size, seq_len), seed)
+    local = os.path.exists(name)
+    config = _read_config(name) if local else _hub_config(name)
+    _check_fits(config, name, vocab_size, seq_len)
     with _seeded(seed), no_progress_bar():  # a checkpoint may lack parts, which are then initialised
         try:
-            model: PreTrainedModel = _auto_model.from_pretrained(
-                str(path), config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True
-            )
+            model = _load(name, config, local)
+        except InvalidArgument:
+            raise
         except Exception as exc:  # damaged or foreign files: transformers raises many kinds
-            raise InvalidArgument(f"the model in {path} can't be loaded: {exc}") from exc
+            raise InvalidArgument(f"model {name} can't be loaded: {_first_line(exc)}") from exc
+    _check_causal(model, name, vocab_size, seq_len)
     model.train()
     return model
 
@@ -104,18 +104,61 @@ def _fresh(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
-def _read_config(path: Path) -> PretrainedConfig:
-    if not os.path.exists(path) or (path.is_dir() and not (path / "config.json").exists()):
-        raise InvalidArgument(
-            f"model {str(path)!r} is neither a size ({', '.join(SIZES)}) "
-            "nor a folder with a config.json of transformers"
+def _load(name: str, config: PretrainedConfig, local: bool) -> PreTrainedModel:
+    model: PreTrainedModel
+    if local and not _has_weights(Path(name)):
+        model = _auto_model.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    else:
+        model = _auto_model.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=local,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
+    return model
+
+
+def _read_config(path: str) -> PretrainedConfig:
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        raise InvalidArgument(f"model {path!r} is a folder without a config.json of transformers")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as exc:  # not JSON, unknown model type, values of the wrong kind
-        raise InvalidArgument(f"the config of {path} can't be read: {exc}") from exc
+        raise InvalidArgument(f"the config of {path} can't be read: {_first_line(exc)}") from exc
     config.use_cache = False
     return config
+
+
+def _hub_config(name: str) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as exc:  # no such name, no network, a model with code of its own
+        raise InvalidArgument(
+            f"model {name!r} is neither a size ({', '.join(SIZES)}), nor a folder with a config.json of "
+            f"transformers, nor a model that could be loaded from the hub: {_first_line(exc)}"
+        ) from exc
+    config.use_cache = False
+    return config
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).strip().partition("\n")[0] or type(exc).__name__
+
+
+def _check_causal(model: PreTrainedModel, name: str, vocab_size: int, seq_len: int) -> None:
+    """Another last token must leave the logits before it as they are, up to rounding."""
+    tokens = torch.arange(min(seq_len, 4)).remainder(vocab_size).repeat(2, 1)
+    tokens[1, -1] = (tokens[1, -1] + 1) % vocab_size
+    model.train(False)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits[:, :-1]
+    except Exception as exc:  # a model that wants more than token ids
+        raise InvalidArgument(f"model {name} can't be run on token ids alone: {_first_line(exc)}") from exc
+    if (logits[0] - logits[1]).abs().sum() > 1e-4 * logits.abs().sum():
+        raise InvalidArgument(f"model {name} is not causal, its tokens see those after them: name a causal LM")
 
 
 def _check_fits(config: PretrainedConfig, name: str, vocab_size: int, seq_len: int) -> None:
@@ -123,14 +166,15 @@ def _check_fits(config: PretrainedConfig, name: str, vocab_size: int, seq_len: i
     if known_tokens is not None and known_tokens < vocab_size:
         raise InvalidArgument(
             f"model {name} knows {known_tokens} tokens, but the tokenizer has {vocab_size}: "
-            "give the model's own tokenizer"
+            "give the model's own with --tokenizer"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < seq_len:
-        raise InvalidArgument(f"model {name} takes at most {positions} tokens a sample, but seq_len is {seq_len}")
+        raise InvalidArgument(f"model {name} takes at most {positions} tokens a sample, but --seq-len is {seq_len}")
 
 
 def _has_weights(folder: Path) -> bool:
+    """False for a folder or file of a config alone."""
     if any(folder.glob("*.safetensors")):
         return True
     pickled = sorted(folder.glob("pytorch_model*.bin"))

@@ -37,7 +37,7 @@ class RunSummary:
     meta_updates_skipped: int  # their cotangent was degenerate
     effective_sample_size: float  # mean over the last quarter of the steps, in samples
     weights_by_source: dict[str, float]  # mean over the last quarter of the steps
-    weighter: dict[str, Any] | None = None  # name, version (position), applied_updates, url
+    weighter: dict[str, Any] | None = None  # name, version (position), applied_updates, url, client (its counters)
     test_curve: list[tuple[int, float, float]] = field(default_factory=list)  # step, seconds, loss on fixed samples
 
     def write(self, path: Path) -> None:
@@ -144,6 +144,7 @@ def table(runs: dict[str, RunSummary], method: str) -> Table:
     row("teaching, s", [_time_share(r.meta_seconds, r) for r in shown])
     updates = [f"{r.meta_updates} ({r.meta_updates_skipped})" if r.weighter else "-" for r in shown]
     row("meta-updates (degenerate)", updates)
+    row("acknowledged of sent since the last start", [_acknowledged(r) for r in shown])
     row("steps without the weighter", [str(r.fallback_steps) if r.weighter else "-" for r in shown])
     return result
 
@@ -157,6 +158,13 @@ def write_json(path: Path, values: Any) -> None:
 
 def _number(value: float | None) -> str:
     return "never" if value is None else f"{value:.0f}"
+
+
+def _acknowledged(run: RunSummary) -> str:
+    if run.weighter is None:
+        return "-"
+    counts = run.weighter["client"]
+    return f"{counts['updates_acknowledged']} of {counts['updates_sent']}"
 
 
 def _time_share(seconds: float, run: RunSummary) -> str:

@@ -22,12 +22,12 @@ from trainer_client.run.plot import plot_weights
 from trainer_client.run.progress import JobProgress, preparing
 from trainer_client.run.recorder import Recorder, read_records
 from trainer_client.run.report import RunSummary, job_summary, mean_effective_size, weights_by_source, write_json
-from trainer_client.run.session import WeighterSession
+from trainer_client.run.session import WeighterSession, check_weighter
 from trainer_client.run.signals import StopOnSignal
 from trainer_client.run.task import Task, build_task
 from trainer_client.run.teach import Teacher
 from trainer_client.run.weigh import LearnedWeigher, UniformWeigher
-from trainer_client.run.workspace import Workspace, open_workspace
+from trainer_client.run.workspace import Workspace, check_workspace, open_workspace
 from weighting_contract.errors import InvalidArgument
 
 
@@ -40,10 +40,20 @@ def run_job(config: RunConfig, console: Console, stop: StopOnSignal) -> dict[str
         OSError: a file can't be written.
     """
     device = set_up_torch(config)
-    workspace = open_workspace(config)
+    check_workspace(config)
     with preparing(console) as progress:
         task = build_task(config, progress)
-    task.tokenizer.save(workspace.tokenizer)
+    _build_model(config, task)  # mistakes are found here, before an old run is replaced
+    if "dwm" in config.methods and not config.resume:
+        check_weighter(config)
+    with open_workspace(config) as workspace:
+        task.tokenizer.save(workspace.tokenizer)
+        return _run_methods(config, workspace, task, device, console, stop)
+
+
+def _run_methods(
+    config: RunConfig, workspace: Workspace, task: Task, device: torch.device, console: Console, stop: StopOnSignal
+) -> dict[str, RunSummary]:
     runs: dict[str, RunSummary] = {}
     with stop, JobProgress(console, config.steps * len(config.methods), config.batch_size) as bar:
         for index, method in enumerate(config.methods):
@@ -80,6 +90,10 @@ def set_up_torch(config: RunConfig) -> torch.device:
     return device
 
 
+def _build_model(config: RunConfig, task: Task) -> torch.nn.Module:
+    return build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed)
+
+
 class _Run:
     """One method's run."""
 
@@ -92,8 +106,7 @@ class _Run:
     def finish(self, bar: JobProgress, steps_before: int, should_stop: Callable[[], bool]) -> RunSummary:
         """Trains to the last step; summary, picture and exported weighter."""
         config, task = self._config, self._task
-        model: torch.nn.Module = build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed)
-        model = model.to(self._device)
+        model = _build_model(config, task).to(self._device)
         if self._method == "uniform":
             loop = Loop(config, task, model, UniformWeigher(), None, self._folder)
             bar.start(self._method, steps_before, loop.step)

@@ -21,6 +21,21 @@ from weighting_contract.spec import FeatureSpec, WeighterSpec
 _PASSING = (Unavailable, DeadlineExceeded, ResourceExhausted)  # may be over soon; all else is a mistake in the settings
 _FINISH_S = 10.0  # at most, for what is outstanding at the end
 _POLL_S = 0.05
+_SPEC = WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES))
+
+
+def check_weighter(config: RunConfig) -> None:
+    """Raises WeighbridgeError where the weighter of a new run can't be had; makes it where it is missing.
+
+    A service that is away is only a mistake with `on_failure="raise"`. An embedded weighter without a folder of its own
+    is a fresh one.
+    """
+    with connect(config.weighter) as client:
+        try:
+            client.create_weighter(config.weighter_name, _SPEC)
+        except _PASSING:
+            if config.on_failure == "raise":
+                raise
 
 
 class WeighterSession:
@@ -36,7 +51,7 @@ class WeighterSession:
             self.job = self._client.open_job(
                 workspace.job_id,
                 weighter=config.weighter_name,
-                spec=WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES)),
+                spec=_SPEC,
             )
             if self.job.failure is not None and not isinstance(self.job.failure, _PASSING):
                 raise self.job.failure
@@ -45,12 +60,12 @@ class WeighterSession:
             raise
 
     def finish(self, export: Path, say: Callable[[str], None]) -> dict[str, Any]:
-        """Delivers what is outstanding and exports the weighter; what the summary says about it."""
+        """Delivers what is outstanding, exports the weighter and closes the job; what the summary says about it."""
         name = self._config.weighter_name
         about: dict[str, Any] = {"name": name, "url": self._config.weighter, "version": None, "applied_updates": None}
         deadline = time.monotonic() + _FINISH_S
         try:
-            if self.job.attached:
+            if not self.job.away:
                 self.job.flush(_FINISH_S)
             view = self._client.get_weighter(name)
             while view.applied_position < self.job.last_position and time.monotonic() < deadline:
@@ -60,6 +75,7 @@ class WeighterSession:
             self._client.export_weighter(name, export)
         except WeighbridgeError as exc:
             say(f"the weighter {name!r} could not be exported: {exc}")
+        self.job.close()  # before it is counted: what can't be delivered any more is dropped
         about["client"] = self.job.counters.to_dict()  # of this process: a resumed run has had others
         return about
 

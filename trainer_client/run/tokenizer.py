@@ -107,7 +107,7 @@ def train_tokenizer(
         InvalidArgument: fewer tokens than there are bytes.
     """
     if vocab_size < _BYTES:
-        raise InvalidArgument(f"vocab_size is {vocab_size}, expected {_BYTES} or more: every byte needs a token")
+        raise InvalidArgument(f"--vocab-size is {vocab_size}, expected {_BYTES} or more: every byte needs a token")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from trainer_client.transports.base import Transport
 from weighting_contract.errors import InvalidArgument
 
-__all__ = ["Transport", "is_embedded", "open_transport"]
+__all__ = ["Transport", "check_url", "is_embedded", "open_transport"]
 
 EXPECTED = (
     "expected grpc://host:port[,host:port...], http://host:port, https://host:port, "
@@ -22,24 +23,39 @@ def open_transport(url: str) -> Transport:
     Raises:
         InvalidArgument: `url` is malformed, or asks for an embedded service that is not installed.
     """
-    if is_embedded(url):
+    scheme, target = _parse(url)
+    if scheme == "embedded":
         from trainer_client.transports.embedded import EmbeddedTransport
 
-        return EmbeddedTransport(_embedded_path(url))
-    scheme, separator, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
-    if scheme == "grpc" and separator:
+        return EmbeddedTransport(target)
+    if scheme == "grpc":
         from trainer_client.transports.grpc_transport import GrpcTransport
 
-        return GrpcTransport([_address(part, url) for part in rest.rstrip("/").split(",")])
-    if scheme in ("http", "https") and separator:
-        from trainer_client.transports.rest_transport import RestTransport
+        return GrpcTransport(target)
+    from trainer_client.transports.rest_transport import RestTransport
 
-        return RestTransport(_base_url(url))
-    raise InvalidArgument(f"url is {url!r}, {EXPECTED}")
+    return RestTransport(target)
+
+
+def check_url(url: str) -> None:
+    """Raises InvalidArgument where `url` is malformed; loads nothing of what a transport needs."""
+    _parse(url)
 
 
 def is_embedded(url: str) -> bool:
     return isinstance(url, str) and (url == "embedded" or url.startswith("embedded:"))
+
+
+def _parse(url: str) -> tuple[str, Any]:
+    """Kind of the transport, and what it is opened with."""
+    if is_embedded(url):
+        return "embedded", _embedded_path(url)
+    scheme, separator, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
+    if scheme == "grpc" and separator:
+        return "grpc", [_address(part, url) for part in rest.rstrip("/").split(",")]
+    if scheme in ("http", "https") and separator:
+        return "http", _base_url(url)
+    raise InvalidArgument(f"url is {url!r}, {EXPECTED}")
 
 
 def _embedded_path(url: str) -> Path | None:

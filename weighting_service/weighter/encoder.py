@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.spec import TokenSpec
+from weighting_service.models_dir import model_folder
 
 TOKENS_PER_CHUNK = 65_536  # padded; bounds the activations of one pass of the encoder
 # What a config may not choose: code from elsewhere, kernels from a hub, other weights.
@@ -113,7 +114,7 @@ def _from_config(spec: TokenSpec, field: str) -> Any:
 
 
 def _pretrained(spec: TokenSpec, models_dir: Path | None, field: str) -> Any:
-    folder = _model_folder(spec.pretrained, models_dir, field)
+    folder = model_folder(spec.pretrained, models_dir, field)
     auto = _transformers(field)
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -166,16 +167,6 @@ def _architecture(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if not k.startswith("_") and k not in unportable}
 
 
-def _model_folder(name: str, models_dir: Path | None, field: str) -> Path:
-    if models_dir is None:
-        raise InvalidArgument(f"{field} is {name!r}, but this service has no models directory; start it with --models")
-    root = models_dir.resolve()
-    folder = (root / name).resolve()
-    if root not in folder.parents or not folder.is_dir():
-        raise InvalidArgument(f"{field} is {name!r}, expected the name of a folder in the service's models directory")
-    return folder
-
-
 def _transformers(field: str) -> Any:
     try:
         import transformers
@@ -187,4 +178,5 @@ def _transformers(field: str) -> Any:
 
 
 def _first_line(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}"
+    """For a sentence: some libraries list all that they know."""
+    return f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:200]}"
