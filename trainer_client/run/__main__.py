@@ -54,7 +54,11 @@ def _run(config: RunConfig, console: Console) -> int:
     try:
         runs = run_job(config, console, stop)
     except Interrupted as exc:
-        console.print(f"{exc}. To go on: python -m trainer_client.run --resume --out {config.out}", highlight=False)
+        console.print(
+            f"{exc}. To go on: python -m trainer_client.run --resume --out {config.out}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return stop.exit_code
     _show(config, runs, console)
     return 0
