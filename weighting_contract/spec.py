@@ -12,15 +12,20 @@ from typing import Any
 
 from weighting_contract.errors import InvalidArgument
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Per-sample columns by name, and the width of a pooled hidden state that comes along (0: none)."""
+    """Per-sample columns by name, and the width of a pooled hidden state that comes along (0: none).
+
+    `tokenizer_checksum`, the SHA-256 of a tokenizer.json in hex, admits only jobs whose samples are of that tokenizer.
+    """
 
     names: tuple[str, ...] = ()
     hidden_size: int = 0
+    tokenizer_checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class LearningSpec:
     cotangent_clip: float = 5.0
     cotangent_memory: float = 0.95
     max_staleness: int = 1000
+    trust: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class WeighterSpec:
                 raise InvalidArgument(f"spec.features.names must be non-empty and distinct, got {list(f.names)}")
             _bound("spec.features.names (count)", len(f.names), 0, 4096)
             _bound("spec.features.hidden_size", f.hidden_size, 0, 65536)
+            check_checksum(f.tokenizer_checksum, "spec.features.tokenizer_checksum")
         if self.tokens is not None:
             t = self.tokens
             if bool(t.encoder_config) == bool(t.pretrained):
@@ -157,6 +164,12 @@ def check_name(value: str, field: str) -> None:
             f"{field} is {value!r}, expected 1 to 128 letters, digits, dots, dashes or underscores, "
             "the first a letter or digit"
         )
+
+
+def check_checksum(value: str, field: str) -> None:
+    """Raises InvalidArgument for what is neither empty nor a SHA-256 in hex."""
+    if value and not _SHA256.fullmatch(value):
+        raise InvalidArgument(f"{field} is {value!r}, expected a SHA-256 of 64 lower-case hex digits, or nothing")
 
 
 def check_text(value: str, path: str) -> None:

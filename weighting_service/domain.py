@@ -67,6 +67,7 @@ class WeighterRecord:
     uid: str  # hex; keys the log and the snapshots, so that a name can be used again after a deletion
     spec: WeighterSpec
     created_unix_ms: int
+    initial: str = ""  # what its parameters started from: fresh ones, or "pretaught"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class JobRecord:
     role: Role
     feature_names: tuple[str, ...] = ()  # the job's column order; empty: the spec's
     open: bool = True
+    reference: str = ""  # name of the reference that turns its tokens into statistics
+    reference_checksum: str = ""
+    documents_checksum: str = ""  # of the target profile, which the log keeps beside the record; empty: it has none
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,15 @@ class MetaUpdate:
     cotangent: np.ndarray  # [B] float32, dL_val/dw
     scored_position: int
     estimator: Estimator = Estimator.VJP
+    probes: np.ndarray | None = None  # [B] bool, drawn evenly; None: all with VJP, none with the score function
+    trust_only: bool = False  # counts for the job's trust, teaches nothing
+
+    @property
+    def drawn_evenly(self) -> np.ndarray:
+        """[B] bool: the samples that came whatever their weights were."""
+        if self.probes is not None:
+            return self.probes
+        return np.full(len(self.cotangent), self.estimator is Estimator.VJP)
 
     def digest(self) -> bytes:
         """SHA-256 of what is taught: equal exactly for a true retry. The scored position is not part of it."""
@@ -97,7 +110,19 @@ class MetaUpdate:
             h.update(f"{name}:{array.dtype.str}:{array.shape};".encode())
             h.update(np.ascontiguousarray(array).tobytes())
         h.update(f"{self.job_id};{self.step};{self.estimator}".encode())
+        if self.probes is not None:
+            h.update(b";probes:" + np.packbits(self.probes).tobytes())
+        if self.trust_only:
+            h.update(b";trust_only")
         return h.digest()
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How one batch is to be weighted."""
+
+    job_id: str = ""  # whose trust applies; empty: full trust
+    min_effective_share: float | None = None  # in place of the spec's
 
 
 @dataclass(frozen=True)
@@ -105,9 +130,11 @@ class Scores:
     """What Score returns for one batch of B samples."""
 
     weights: np.ndarray  # [B] float32, mean 1
-    logits: np.ndarray  # [B] float32, before temperature and guard
+    logits: np.ndarray  # [B] float32, before trust, temperature and guard
     position: int
     effective_sample_size: float  # (sum w)^2 / sum w^2, in samples
+    trust: float = 1.0  # the factor that was on the logits
+    statistics: np.ndarray | None = None  # [B, F] float32 that the reference gave, columns as in the spec
 
 
 @dataclass(frozen=True)
@@ -115,6 +142,9 @@ class JobStatistics:
     updates_applied: int = 0
     cotangent_rms: float = 0.0
     signal_correlation: float = 0.0
+    trust: float = 1.0
+    trust_t: float = 0.0
+    probed_updates: int = 0
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,14 @@ class WeighterSpec(_message.Message):
     def __init__(self, features: _Optional[_Union[FeatureSpec, _Mapping]] = ..., tokens: _Optional[_Union[TokenSpec, _Mapping]] = ..., head: _Optional[_Union[HeadSpec, _Mapping]] = ..., learning: _Optional[_Union[LearningSpec, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class FeatureSpec(_message.Message):
-    __slots__ = ("names", "hidden_size")
+    __slots__ = ("names", "hidden_size", "tokenizer_checksum")
     NAMES_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     names: _containers.RepeatedScalarFieldContainer[str]
     hidden_size: int
-    def __init__(self, names: _Optional[_Iterable[str]] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    tokenizer_checksum: str
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., hidden_size: _Optional[int] = ..., tokenizer_checksum: _Optional[str] = ...) -> None: ...
 
 class TokenSpec(_message.Message):
     __slots__ = ("encoder_config", "pretrained", "tokenizer", "max_tokens", "train_encoder")
@@ -88,23 +90,25 @@ class HeadSpec(_message.Message):
     def __init__(self, width: _Optional[int] = ..., layers: _Optional[int] = ..., attention_heads: _Optional[int] = ..., temperature: _Optional[float] = ..., floor: _Optional[float] = ..., min_effective_share: _Optional[float] = ...) -> None: ...
 
 class LearningSpec(_message.Message):
-    __slots__ = ("learning_rate", "weight_decay", "max_gradient_norm", "cotangent_clip", "cotangent_memory", "max_staleness")
+    __slots__ = ("learning_rate", "weight_decay", "max_gradient_norm", "cotangent_clip", "cotangent_memory", "max_staleness", "trust")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     MAX_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     COTANGENT_CLIP_FIELD_NUMBER: _ClassVar[int]
     COTANGENT_MEMORY_FIELD_NUMBER: _ClassVar[int]
     MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
+    TRUST_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     weight_decay: float
     max_gradient_norm: float
     cotangent_clip: float
     cotangent_memory: float
     max_staleness: int
-    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., cotangent_clip: _Optional[float] = ..., cotangent_memory: _Optional[float] = ..., max_staleness: _Optional[int] = ...) -> None: ...
+    trust: bool
+    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., cotangent_clip: _Optional[float] = ..., cotangent_memory: _Optional[float] = ..., max_staleness: _Optional[int] = ..., trust: bool = ...) -> None: ...
 
 class Weighter(_message.Message):
-    __slots__ = ("name", "spec", "position", "applied_position", "parameters", "jobs_open", "learning", "created_unix_ms")
+    __slots__ = ("name", "spec", "position", "applied_position", "parameters", "jobs_open", "learning", "created_unix_ms", "initial")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +117,7 @@ class Weighter(_message.Message):
     JOBS_OPEN_FIELD_NUMBER: _ClassVar[int]
     LEARNING_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_FIELD_NUMBER: _ClassVar[int]
     name: str
     spec: WeighterSpec
     position: int
@@ -121,7 +126,8 @@ class Weighter(_message.Message):
     jobs_open: int
     learning: LearningStatistics
     created_unix_ms: int
-    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., position: _Optional[int] = ..., applied_position: _Optional[int] = ..., parameters: _Optional[int] = ..., jobs_open: _Optional[int] = ..., learning: _Optional[_Union[LearningStatistics, _Mapping]] = ..., created_unix_ms: _Optional[int] = ...) -> None: ...
+    initial: str
+    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., position: _Optional[int] = ..., applied_position: _Optional[int] = ..., parameters: _Optional[int] = ..., jobs_open: _Optional[int] = ..., learning: _Optional[_Union[LearningStatistics, _Mapping]] = ..., created_unix_ms: _Optional[int] = ..., initial: _Optional[str] = ...) -> None: ...
 
 class LearningStatistics(_message.Message):
     __slots__ = ("updates_applied", "updates_skipped", "duplicates", "refused", "gradient_norm", "logit_std", "effective_share", "signal_correlation", "jobs")
@@ -153,24 +159,32 @@ class LearningStatistics(_message.Message):
     def __init__(self, updates_applied: _Optional[int] = ..., updates_skipped: _Optional[int] = ..., duplicates: _Optional[int] = ..., refused: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., logit_std: _Optional[float] = ..., effective_share: _Optional[float] = ..., signal_correlation: _Optional[float] = ..., jobs: _Optional[_Mapping[str, JobStatistics]] = ...) -> None: ...
 
 class JobStatistics(_message.Message):
-    __slots__ = ("updates_applied", "cotangent_rms", "signal_correlation")
+    __slots__ = ("updates_applied", "cotangent_rms", "signal_correlation", "trust", "trust_t", "probed_updates")
     UPDATES_APPLIED_FIELD_NUMBER: _ClassVar[int]
     COTANGENT_RMS_FIELD_NUMBER: _ClassVar[int]
     SIGNAL_CORRELATION_FIELD_NUMBER: _ClassVar[int]
+    TRUST_FIELD_NUMBER: _ClassVar[int]
+    TRUST_T_FIELD_NUMBER: _ClassVar[int]
+    PROBED_UPDATES_FIELD_NUMBER: _ClassVar[int]
     updates_applied: int
     cotangent_rms: float
     signal_correlation: float
-    def __init__(self, updates_applied: _Optional[int] = ..., cotangent_rms: _Optional[float] = ..., signal_correlation: _Optional[float] = ...) -> None: ...
+    trust: float
+    trust_t: float
+    probed_updates: int
+    def __init__(self, updates_applied: _Optional[int] = ..., cotangent_rms: _Optional[float] = ..., signal_correlation: _Optional[float] = ..., trust: _Optional[float] = ..., trust_t: _Optional[float] = ..., probed_updates: _Optional[int] = ...) -> None: ...
 
 class CreateWeighterRequest(_message.Message):
-    __slots__ = ("name", "spec", "exist_ok")
+    __slots__ = ("name", "spec", "exist_ok", "initial")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     EXIST_OK_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_FIELD_NUMBER: _ClassVar[int]
     name: str
     spec: WeighterSpec
     exist_ok: bool
-    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., exist_ok: bool = ...) -> None: ...
+    initial: str
+    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., exist_ok: bool = ..., initial: _Optional[str] = ...) -> None: ...
 
 class GetWeighterRequest(_message.Message):
     __slots__ = ("name",)
@@ -223,20 +237,126 @@ class ExportWeighterResponse(_message.Message):
     files: _containers.ScalarMap[str, bytes]
     def __init__(self, files: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
+class Reference(_message.Message):
+    __slots__ = ("name", "checksum", "tokenizer_checksum", "vocab_size", "seq_len", "ngram_buckets", "trained_on", "command", "steps", "loss", "loaded", "files")
+    class FilesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SEQ_LEN_FIELD_NUMBER: _ClassVar[int]
+    NGRAM_BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_ON_FIELD_NUMBER: _ClassVar[int]
+    COMMAND_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    checksum: str
+    tokenizer_checksum: str
+    vocab_size: int
+    seq_len: int
+    ngram_buckets: int
+    trained_on: str
+    command: str
+    steps: int
+    loss: float
+    loaded: bool
+    files: _containers.ScalarMap[str, bytes]
+    def __init__(self, name: _Optional[str] = ..., checksum: _Optional[str] = ..., tokenizer_checksum: _Optional[str] = ..., vocab_size: _Optional[int] = ..., seq_len: _Optional[int] = ..., ngram_buckets: _Optional[int] = ..., trained_on: _Optional[str] = ..., command: _Optional[str] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., loaded: bool = ..., files: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class PutReferenceRequest(_message.Message):
+    __slots__ = ("name", "files", "exist_ok")
+    class FilesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    EXIST_OK_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    files: _containers.ScalarMap[str, bytes]
+    exist_ok: bool
+    def __init__(self, name: _Optional[str] = ..., files: _Optional[_Mapping[str, bytes]] = ..., exist_ok: bool = ...) -> None: ...
+
+class GetReferenceRequest(_message.Message):
+    __slots__ = ("name", "files")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    files: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., files: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListReferencesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListReferencesResponse(_message.Message):
+    __slots__ = ("references",)
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    references: _containers.RepeatedCompositeFieldContainer[Reference]
+    def __init__(self, references: _Optional[_Iterable[_Union[Reference, _Mapping]]] = ...) -> None: ...
+
+class DeleteReferenceRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class DeleteReferenceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class OpenJobRequest(_message.Message):
-    __slots__ = ("weighter", "job_id", "role", "feature_names")
+    __slots__ = ("weighter", "job_id", "role", "feature_names", "reference", "profile")
     WEIGHTER_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     FEATURE_NAMES_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
     weighter: str
     job_id: str
     role: Role
     feature_names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, weighter: _Optional[str] = ..., job_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., feature_names: _Optional[_Iterable[str]] = ...) -> None: ...
+    reference: JobReference
+    profile: TargetProfile
+    def __init__(self, weighter: _Optional[str] = ..., job_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., feature_names: _Optional[_Iterable[str]] = ..., reference: _Optional[_Union[JobReference, _Mapping]] = ..., profile: _Optional[_Union[TargetProfile, _Mapping]] = ...) -> None: ...
+
+class JobReference(_message.Message):
+    __slots__ = ("name", "checksum", "tokenizer_checksum")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    checksum: str
+    tokenizer_checksum: str
+    def __init__(self, name: _Optional[str] = ..., checksum: _Optional[str] = ..., tokenizer_checksum: _Optional[str] = ...) -> None: ...
+
+class TargetProfile(_message.Message):
+    __slots__ = ("log_ratios", "documents", "lengths", "documents_checksum")
+    LOG_RATIOS_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    log_ratios: Tensor
+    documents: Tensor
+    lengths: Tensor
+    documents_checksum: str
+    def __init__(self, log_ratios: _Optional[_Union[Tensor, _Mapping]] = ..., documents: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Union[Tensor, _Mapping]] = ..., documents_checksum: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "weighter", "role", "open", "resumed", "position", "last_step", "last_position", "spec")
+    __slots__ = ("job_id", "weighter", "role", "open", "resumed", "position", "last_step", "last_position", "spec", "reference", "reference_checksum", "documents_checksum")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHTER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -246,6 +366,9 @@ class Job(_message.Message):
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     LAST_POSITION_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     weighter: str
     role: Role
@@ -255,7 +378,10 @@ class Job(_message.Message):
     last_step: int
     last_position: int
     spec: WeighterSpec
-    def __init__(self, job_id: _Optional[str] = ..., weighter: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., open: bool = ..., resumed: bool = ..., position: _Optional[int] = ..., last_step: _Optional[int] = ..., last_position: _Optional[int] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ...) -> None: ...
+    reference: str
+    reference_checksum: str
+    documents_checksum: str
+    def __init__(self, job_id: _Optional[str] = ..., weighter: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., open: bool = ..., resumed: bool = ..., position: _Optional[int] = ..., last_step: _Optional[int] = ..., last_position: _Optional[int] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., reference: _Optional[str] = ..., reference_checksum: _Optional[str] = ..., documents_checksum: _Optional[str] = ...) -> None: ...
 
 class CloseJobRequest(_message.Message):
     __slots__ = ("job_id",)
@@ -294,31 +420,39 @@ class Inputs(_message.Message):
     def __init__(self, features: _Optional[_Union[Tensor, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., tokens: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Union[Tensor, _Mapping]] = ..., texts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("job_id", "step", "inputs", "min_position")
+    __slots__ = ("job_id", "step", "inputs", "min_position", "min_effective_share", "return_statistics")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     MIN_POSITION_FIELD_NUMBER: _ClassVar[int]
+    MIN_EFFECTIVE_SHARE_FIELD_NUMBER: _ClassVar[int]
+    RETURN_STATISTICS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     step: int
     inputs: Inputs
     min_position: int
-    def __init__(self, job_id: _Optional[str] = ..., step: _Optional[int] = ..., inputs: _Optional[_Union[Inputs, _Mapping]] = ..., min_position: _Optional[int] = ...) -> None: ...
+    min_effective_share: float
+    return_statistics: bool
+    def __init__(self, job_id: _Optional[str] = ..., step: _Optional[int] = ..., inputs: _Optional[_Union[Inputs, _Mapping]] = ..., min_position: _Optional[int] = ..., min_effective_share: _Optional[float] = ..., return_statistics: bool = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("weights", "position", "effective_sample_size", "logits")
+    __slots__ = ("weights", "position", "effective_sample_size", "logits", "statistics", "trust")
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     EFFECTIVE_SAMPLE_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
+    STATISTICS_FIELD_NUMBER: _ClassVar[int]
+    TRUST_FIELD_NUMBER: _ClassVar[int]
     weights: Tensor
     position: int
     effective_sample_size: float
     logits: Tensor
-    def __init__(self, weights: _Optional[_Union[Tensor, _Mapping]] = ..., position: _Optional[int] = ..., effective_sample_size: _Optional[float] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    statistics: Tensor
+    trust: float
+    def __init__(self, weights: _Optional[_Union[Tensor, _Mapping]] = ..., position: _Optional[int] = ..., effective_sample_size: _Optional[float] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., statistics: _Optional[_Union[Tensor, _Mapping]] = ..., trust: _Optional[float] = ...) -> None: ...
 
 class MetaUpdateRequest(_message.Message):
-    __slots__ = ("job_id", "update_id", "step", "inputs", "cotangent", "scored_position", "estimator")
+    __slots__ = ("job_id", "update_id", "step", "inputs", "cotangent", "scored_position", "estimator", "probes", "trust_only")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -326,6 +460,8 @@ class MetaUpdateRequest(_message.Message):
     COTANGENT_FIELD_NUMBER: _ClassVar[int]
     SCORED_POSITION_FIELD_NUMBER: _ClassVar[int]
     ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    TRUST_ONLY_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     update_id: str
     step: int
@@ -333,7 +469,9 @@ class MetaUpdateRequest(_message.Message):
     cotangent: Tensor
     scored_position: int
     estimator: Estimator
-    def __init__(self, job_id: _Optional[str] = ..., update_id: _Optional[str] = ..., step: _Optional[int] = ..., inputs: _Optional[_Union[Inputs, _Mapping]] = ..., cotangent: _Optional[_Union[Tensor, _Mapping]] = ..., scored_position: _Optional[int] = ..., estimator: _Optional[_Union[Estimator, str]] = ...) -> None: ...
+    probes: Tensor
+    trust_only: bool
+    def __init__(self, job_id: _Optional[str] = ..., update_id: _Optional[str] = ..., step: _Optional[int] = ..., inputs: _Optional[_Union[Inputs, _Mapping]] = ..., cotangent: _Optional[_Union[Tensor, _Mapping]] = ..., scored_position: _Optional[int] = ..., estimator: _Optional[_Union[Estimator, str]] = ..., probes: _Optional[_Union[Tensor, _Mapping]] = ..., trust_only: bool = ...) -> None: ...
 
 class MetaUpdateResponse(_message.Message):
     __slots__ = ("position", "duplicate", "applied_position")

@@ -54,6 +54,26 @@ class WeightingServiceStub(object):
                 request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterRequest.SerializeToString,
                 response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterResponse.FromString,
                 _registered_method=True)
+        self.PutReference = channel.unary_unary(
+                '/weighting.v1.WeightingService/PutReference',
+                request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.PutReferenceRequest.SerializeToString,
+                response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.Reference.FromString,
+                _registered_method=True)
+        self.GetReference = channel.unary_unary(
+                '/weighting.v1.WeightingService/GetReference',
+                request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.GetReferenceRequest.SerializeToString,
+                response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.Reference.FromString,
+                _registered_method=True)
+        self.ListReferences = channel.unary_unary(
+                '/weighting.v1.WeightingService/ListReferences',
+                request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.ListReferencesRequest.SerializeToString,
+                response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.ListReferencesResponse.FromString,
+                _registered_method=True)
+        self.DeleteReference = channel.unary_unary(
+                '/weighting.v1.WeightingService/DeleteReference',
+                request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteReferenceRequest.SerializeToString,
+                response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteReferenceResponse.FromString,
+                _registered_method=True)
         self.OpenJob = channel.unary_unary(
                 '/weighting.v1.WeightingService/OpenJob',
                 request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.OpenJobRequest.SerializeToString,
@@ -123,6 +143,31 @@ class WeightingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteWeighter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutReference(self, request, context):
+        """References are immutable: a name can be used again only after a deletion.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetReference(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReferences(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteReference(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,6 +252,26 @@ def add_WeightingServiceServicer_to_server(servicer, server):
                     servicer.DeleteWeighter,
                     request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterRequest.FromString,
                     response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterResponse.SerializeToString,
+            ),
+            'PutReference': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutReference,
+                    request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.PutReferenceRequest.FromString,
+                    response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.Reference.SerializeToString,
+            ),
+            'GetReference': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReference,
+                    request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.GetReferenceRequest.FromString,
+                    response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.Reference.SerializeToString,
+            ),
+            'ListReferences': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReferences,
+                    request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.ListReferencesRequest.FromString,
+                    response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.ListReferencesResponse.SerializeToString,
+            ),
+            'DeleteReference': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteReference,
+                    request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteReferenceRequest.FromString,
+                    response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteReferenceResponse.SerializeToString,
             ),
             'OpenJob': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenJob,
@@ -362,6 +427,114 @@ class WeightingService(object):
             '/weighting.v1.WeightingService/DeleteWeighter',
             protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterRequest.SerializeToString,
             protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutReference(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weighting.v1.WeightingService/PutReference',
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.PutReferenceRequest.SerializeToString,
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.Reference.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReference(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weighting.v1.WeightingService/GetReference',
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.GetReferenceRequest.SerializeToString,
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.Reference.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReferences(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weighting.v1.WeightingService/ListReferences',
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.ListReferencesRequest.SerializeToString,
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.ListReferencesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteReference(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weighting.v1.WeightingService/DeleteReference',
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteReferenceRequest.SerializeToString,
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteReferenceResponse.FromString,
             options,
             channel_credentials,
             insecure,
