@@ -37,8 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 		| awk '/^ *Downloading .* [MG]B\)/ || /^(Building|Installing)/ { print "  " substr($$0, 1, 110); fflush() }'
 	@touch $@
 
-demo: $(STAMP) ## pretrain a small LM with learned weights and without; about 3 minutes on 2 CPU cores
-	$(BIN)/python -m trainer_client.run --method dwm --compare uniform --out runs/demo --overwrite $(ARGS)
+demo: $(STAMP) ## pretrain a small LM uniformly, with learned weights, and on learned selections; at most 6 minutes on 2 CPU cores
+	$(BIN)/python -m trainer_client.run --compare uniform weight-scratch select-scratch --out runs/demo --overwrite $(ARGS)
 
 test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest $(ARGS)

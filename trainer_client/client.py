@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from trainer_client import wire
@@ -19,6 +20,10 @@ from trainer_client.settings import Limits, Timeouts
 from trainer_client.transports import Transport, is_embedded, open_transport
 from weighting_contract.errors import Internal, InvalidArgument, WeighbridgeError
 from weighting_contract.spec import WeighterSpec
+
+if TYPE_CHECKING:  # needs torch
+    from weighting_contract.ngrams import Row
+    from weighting_contract.profile import Profile
 
 
 def connect(
@@ -60,9 +65,16 @@ class Client:
         self._jobs_lock = threading.Lock()
         self._jobs: list[Job] = []
 
-    def create_weighter(self, name: str, spec: WeighterSpec | dict[str, Any], exist_ok: bool = True) -> pb.Weighter:
-        """A weighter of this name and spec, made where it is missing. AlreadyExists where another spec has the name."""
-        weighter: pb.Weighter = self._call("CreateWeighter", _creation(name, spec, exist_ok))
+    def create_weighter(
+        self, name: str, spec: WeighterSpec | dict[str, Any] | None = None, exist_ok: bool = True, initial: str = ""
+    ) -> pb.Weighter:
+        """A weighter of this name and spec, made where it is missing. AlreadyExists where another spec has the name.
+
+        Args:
+            spec: what it reads and how it is built; None: that of `initial`.
+            initial: "pretaught" starts from the weighter that comes with the service, "" from fresh parameters.
+        """
+        weighter: pb.Weighter = self._call("CreateWeighter", _creation(name, spec, exist_ok, initial))
         return weighter
 
     def get_weighter(self, name: str) -> pb.Weighter:
@@ -93,6 +105,46 @@ class Client:
         """The weighter now, and again whenever its applied position moves; blocks in between, without end."""
         return self._transport.watch(name)
 
+    # ---- References -------------------------------------------------------------------------------------------------
+
+    def put_reference(
+        self, name: str, files: str | os.PathLike[str] | Mapping[str, bytes], exist_ok: bool = True
+    ) -> pb.Reference:
+        """Gives the service a reference to host under `name`.
+
+        Args:
+            files: the folder of `python -m trainer_client.reference`, or its files by name.
+            exist_ok: the same reference may be there already.
+
+        Raises:
+            InvalidArgument: files that are no whole reference, before anything is sent.
+            AlreadyExists: another reference has the name, or, without `exist_ok`, this one.
+        """
+        from weighting_contract.reference import check_reference, reference_files  # needs safetensors
+
+        if not isinstance(files, Mapping):
+            files = reference_files(files)
+        check_reference(files, "the reference")
+        request = pb.PutReferenceRequest(name=name, files=dict(files), exist_ok=exist_ok)
+        reference: pb.Reference = self._call("PutReference", request)
+        return reference
+
+    def get_reference(self, name: str, files: Sequence[str] = ()) -> pb.Reference:
+        """What the service knows of a reference, and the files that are named, such as tokenizer.json. NotFound."""
+        if isinstance(files, str):
+            raise InvalidArgument(f"files is the string {files!r}, expected a list of names")
+        reference: pb.Reference = self._call("GetReference", pb.GetReferenceRequest(name=name, files=list(files)))
+        return reference
+
+    def list_references(self) -> list[pb.Reference]:
+        return list(self._call("ListReferences", pb.ListReferencesRequest()).references)
+
+    def delete_reference(self, name: str) -> None:
+        """Deletes an uploaded reference. FailedPrecondition while open jobs use it."""
+        self._call("DeleteReference", pb.DeleteReferenceRequest(name=name))
+
+    # ---- Jobs -------------------------------------------------------------------------------------------------------
+
     def open_job(
         self,
         job_id: str | None = None,
@@ -100,8 +152,14 @@ class Client:
         weighter: str = "default",
         role: Literal["learn", "frozen"] = "learn",
         spec: WeighterSpec | dict[str, Any] | None = None,
+        initial: str = "",
         feature_names: Sequence[str] | None = None,
         read_your_writes: bool = True,
+        reference: str = "",
+        reference_checksum: str = "",
+        reference_files: Mapping[str, bytes] | None = None,
+        tokenizer_checksum: str = "",
+        profile: Profile | Sequence[Row] | None = None,
     ) -> Job:
         """A job attached to a weighter, or, where that fails now, one that scores uniformly and attaches later.
 
@@ -109,9 +167,17 @@ class Client:
             job_id: of an earlier run that goes on; None: a new one, chosen here.
             weighter: its name.
             role: "learn" scores and teaches, "frozen" scores only.
-            spec: makes the weighter where it is missing; None: it must be there.
+            spec, initial: as of `create_weighter`, make the weighter where it is missing; neither: it must be there.
             feature_names: the columns that the job sends, in its order; None: those of the weighter's spec.
             read_your_writes: each score waits for the job's own updates before it, which makes a run reproducible.
+            reference: the service's model that turns the job's tokens into the statistics that the weighter reads; "":
+                the job sends what the weighter reads itself.
+            reference_checksum: of the reference that is expected; "": whichever has the name.
+            reference_files: give the service the reference where it is missing, whenever the job is attached; None: it
+                must be there.
+            tokenizer_checksum: SHA-256, in hex, of the tokenizer.json that the job's ids are of; "": not known.
+            profile: the target's, for weighters that read statistics against it (`trainer_client.profile` makes one),
+                or the token ids of the target's documents, one row each; the service keeps it with the job.
 
         Raises:
             InvalidArgument: arguments that can't be right whatever the service says.
@@ -126,9 +192,17 @@ class Client:
             job_id=job_id or uuid.uuid4().hex,
             role=wire.ROLES[role],
             feature_names=list(feature_names or ()),
+            reference=wire.reference_message(reference, reference_checksum, tokenizer_checksum),
         )
-        creation = None if spec is None else _creation(weighter, spec, exist_ok=True)
-        link = JobLink(self._transport, self._breaker, opening, creation)
+        if profile is not None:
+            if not reference:
+                raise InvalidArgument("profile is given without a reference; name the one that it was made against")
+            opening.profile.CopyFrom(wire.profile_message(profile))
+        creation = _creation(weighter, spec, True, initial) if spec is not None or initial else None
+        upload = None
+        if reference_files is not None:
+            upload = pb.PutReferenceRequest(name=reference, files=dict(reference_files), exist_ok=True)
+        link = JobLink(self._transport, self._breaker, opening, creation, upload)
         try:
             link.attach(self._timeouts.admin_s)
         except WeighbridgeError as exc:
@@ -171,5 +245,10 @@ class Client:
         return self._transport.call(method, request, self._timeouts.admin_s)
 
 
-def _creation(name: str, spec: WeighterSpec | dict[str, Any], exist_ok: bool) -> pb.CreateWeighterRequest:
-    return pb.CreateWeighterRequest(name=name, spec=wire.spec_message(spec), exist_ok=exist_ok)
+def _creation(
+    name: str, spec: WeighterSpec | dict[str, Any] | None, exist_ok: bool, initial: str
+) -> pb.CreateWeighterRequest:
+    if spec is None and not initial:
+        raise InvalidArgument("neither spec nor initial is given: say what the weighter reads, or initial='pretaught'")
+    message = None if spec is None else wire.spec_message(spec)
+    return pb.CreateWeighterRequest(name=name, spec=message, exist_ok=exist_ok, initial=initial)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from weighting_contract.errors import Internal, WeighbridgeError
+
 logger = logging.getLogger("trainer_client")
+
+FEW_CANDIDATES = "FEW_CANDIDATES"  # why a step is unselected where nothing failed: no more candidates than places
 
 
 @dataclass(frozen=True)
@@ -18,13 +23,22 @@ class Counters:
     scored: int = 0  # steps that got the weighter's weights
     fallback_steps: int = 0  # steps that got uniform weights
     fallbacks: dict[str, int] = field(default_factory=dict)  # the same by error code, e.g. {"UNAVAILABLE": 3}
+    selected: int = 0  # steps whose batch was chosen from its candidates
+    unselected: int = 0  # steps that took their first candidates as they came
+    unselected_for: dict[str, int] = field(default_factory=dict)  # the same by error code, or FEW_CANDIDATES
     updates_sent: int = 0  # handed to meta_update
     updates_acknowledged: int = 0  # in the weighter's log
     updates_duplicate: int = 0  # of these, in the log before
     updates_refused: int = 0  # turned down: wrong, or stale
     updates_dropped: int = 0  # given up: too many, too old, or not delivered by close
-    score_seconds: float = 0.0  # that the caller spent in score
+    score_seconds: float = 0.0  # that the caller spent in score, or waiting for the batch of a step to be selected
+    ahead_seconds: float = 0.0  # that scoring ahead took in the background
     meta_seconds: float = 0.0  # that the caller spent in meta_update; delivery runs in the background
+
+    @property
+    def failed_steps(self) -> int:
+        """Steps that went without the weighter because something went wrong."""
+        return self.fallback_steps + self.unselected - self.unselected_for.get(FEW_CANDIDATES, 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -37,7 +51,8 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[str, float] = {}
-        self._fallbacks: dict[str, int] = {}
+        self._fallbacks: Counter[str] = Counter()
+        self._unselected: Counter[str] = Counter()
         self._logged: set[str] = set()
 
     def add(self, counter: str, amount: float = 1) -> None:
@@ -46,19 +61,36 @@ class Tally:
             self._counts[counter] = self._counts.get(counter, 0) + amount
 
     def fallback(self, code: str) -> None:
-        self.add("fallback_steps")
         with self._lock:
-            self._fallbacks[code] = self._fallbacks.get(code, 0) + 1
+            self._fallbacks[code] += 1
 
-    def warn_once(self, kind: str, message: str, exc: BaseException | None = None) -> None:
-        """Logs the first message of its kind; `exc` adds its traceback."""
+    def unselected(self, code: str) -> None:
+        with self._lock:
+            self._unselected[code] += 1
+
+    def warn_once(self, kind: str, message: str, exc: WeighbridgeError | None = None) -> None:
+        """Logs the first message of its kind; with a traceback where `exc` is a surprise in this process."""
         with self._lock:
             if kind in self._logged:
                 return
             self._logged.add(kind)
-        logger.warning("%s (further ones are counted, not logged)", message, exc_info=exc)
+        bug = exc.__cause__ if isinstance(exc, Internal) else None
+        logger.warning("%s (further ones are counted, not logged)", message, exc_info=bug)
 
     def snapshot(self) -> Counters:
         with self._lock:
             counts: dict[str, Any] = dict(self._counts)
-            return Counters(fallbacks=dict(self._fallbacks), **counts)
+            return Counters(
+                fallback_steps=self._fallbacks.total(),
+                fallbacks=dict(self._fallbacks),
+                unselected=self._unselected.total(),
+                unselected_for=dict(self._unselected),
+                **counts,
+            )
+
+
+def unexpected(what: str, exc: Exception) -> WeighbridgeError:
+    """Arguments that nothing can be made of, mostly: still no reason to end a training run."""
+    error = Internal(f"{what} failed in the client: {exc!r}")
+    error.__cause__ = exc
+    return error

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from trainer_client import wire
-from trainer_client.counters import Counters, Tally
+from trainer_client.counters import Counters, Tally, unexpected
 from trainer_client.link import Deadline, JobLink
 from trainer_client.sender import Sender
 from trainer_client.settings import Limits, Timeouts
 from weighting_contract.errors import (
     DeadlineExceeded,
     FailedPrecondition,
-    Internal,
     InvalidArgument,
     WeighbridgeError,
 )
 
 OnFailure = Literal["uniform", "raise"]
 Estimator = Literal["vjp", "score_function"]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Scores:
     position: int  # of the weighter that scored; on a fallback the last one known
     effective_sample_size: float  # (sum w)^2 / sum w^2, in samples
     fallback: bool  # uniform weights, as the weighter could not be asked
-    logits: Any  # [B] float32, before temperature and guard; on a fallback 0
+    logits: Any  # [B] float32, before trust, temperature and guard; on a fallback 0
+    statistics: Any = None  # [B, F] float32, columns as in the weighter's spec; None: not asked for, or a fallback
+    trust: float = 0.0  # the factor in [0, 1] that was on the logits; on a fallback 0
 
 
 class Job:
@@ -60,6 +63,7 @@ class Job:
         self._on_failure = on_failure
         self._read_your_writes = read_your_writes
         self._tally = Tally()
+        self._before_close: list[Callable[[], None]] = []
         self._close_lock = threading.Lock()
         self._closed = False
         self._sender = Sender(link, timeouts, limits, self._tally)
@@ -88,6 +92,11 @@ class Job:
         return None if self._link.attached else self._link.failure
 
     @property
+    def last_step(self) -> int:
+        """Highest step that the weighter was taught by this job, earlier runs of it included; -1: none."""
+        return self._link.last_step
+
+    @property
     def last_position(self) -> int:
         """Position of this job's last acknowledged meta-update, 0: none."""
         return self._link.last_position
@@ -106,6 +115,8 @@ class Job:
         lengths: Any = None,
         texts: Any = None,
         min_position: int | None = None,
+        min_effective_share: float | None = None,
+        return_statistics: bool = False,
     ) -> Scores:
         """Weights for the batch of an optimiser step.
 
@@ -118,6 +129,8 @@ class Job:
             texts: B strings, instead of tokens.
             min_position: the weights come from this position or a later one. None: with `read_your_writes` that of
                 this job's last update, for which outstanding ones are awaited; else any.
+            min_effective_share: least effective sample size / B, in place of the spec's.
+            return_statistics: have what the job's reference gave sent back, for `meta_update` to be given as features.
 
         Returns:
             Weights of mean 1. On a failure all 1 with `fallback=True`; of shape [1], which broadcasts, where not even B
@@ -126,16 +139,15 @@ class Job:
         Raises:
             WeighbridgeError: only with `on_failure="raise"`.
         """
-        started = time.perf_counter()
         batch = wire.Batch(features, hidden, tokens, lengths, texts)
-        try:
-            return self._score(batch, step, min_position)
-        except WeighbridgeError as exc:
-            return self._fallback(batch, step, exc)
-        except Exception as exc:
-            return self._fallback(batch, step, _unexpected("score", exc))
-        finally:
-            self._tally.add("score_seconds", time.perf_counter() - started)
+
+        def score() -> Scores:
+            scores = self.ask(batch, step, min_position, min_effective_share, return_statistics)
+            weights, logits, statistics = map(batch.like, (scores.weights, scores.logits, scores.statistics))
+            self._tally.add("scored")
+            return replace(scores, weights=weights, logits=logits, statistics=statistics)
+
+        return self._guarded("score", "score_seconds", score, lambda exc: self._fallback(batch, step, exc))
 
     def meta_update(
         self,
@@ -150,6 +162,7 @@ class Job:
         scored_position: int | None = None,
         estimator: Estimator = "vjp",
         update_id: str | None = None,
+        probes: Any = None,
     ) -> None:
         """Teaches the weighter with the cotangent of a batch; delivered in the background, in order, exactly once.
 
@@ -159,22 +172,28 @@ class Job:
             scored_position: `Scores.position` of the step's weights; None: that of the last score.
             estimator: "vjp" for samples as they were drawn, "score_function" for samples selected by their weights.
             update_id: idempotency key within the job; None: the step.
+            probes: [B] bool, the samples that were drawn evenly, whatever their weight: they count for the job's
+                trust. All that a frozen job may send.
 
         Raises:
             WeighbridgeError: only with `on_failure="raise"`; there also for an earlier update that was refused.
         """
-        started = time.perf_counter()
-        try:
+        batch = wire.Batch(features, hidden, tokens, lengths, texts)
+
+        def teach() -> None:
             self._raise_background_error()
             self._tally.add("updates_sent")
-            batch = wire.Batch(features, hidden, tokens, lengths, texts)
-            self._sender.put(self._update_request(batch, cotangent, step, scored_position, estimator, update_id))
-        except WeighbridgeError as exc:
-            self._refused(step, exc)
-        except Exception as exc:
-            self._refused(step, _unexpected("meta_update", exc))
-        finally:
-            self._tally.add("meta_seconds", time.perf_counter() - started)
+            request = self._update_request(batch, cotangent, step, scored_position, estimator, update_id)
+            if probes is not None:
+                request.probes.CopyFrom(wire.probes_message(probes, batch.rows() or 0))
+            elif self._link.frozen:
+                raise FailedPrecondition(
+                    "this job is frozen, it scores only, and sends probes to earn its trust; open it with "
+                    "role='learn' to teach"
+                )
+            self._sender.put(request)
+
+        self._guarded("meta_update", "meta_seconds", teach, lambda exc: self._refused(step, exc))
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Whether every meta-update was delivered or given up within `timeout_s` (None: `Timeouts.close_s`)."""
@@ -187,6 +206,8 @@ class Job:
 
         It does not wait for a service that is away. Updates that are not delivered count as dropped.
         """
+        for finish in self._before_close:
+            finish()
         with self._close_lock:
             if self._closed:
                 return
@@ -234,27 +255,87 @@ class Job:
     ) -> None:
         self.close()
 
-    # ---- Inside -----------------------------------------------------------------------------------------------------
+    # ---- For what stands between a job and a training loop, such as a Selector ---------------------------------------
 
-    def _score(self, batch: wire.Batch, step: int, min_position: int | None) -> Scores:
+    @property
+    def timeouts(self) -> Timeouts:
+        return self._timeouts
+
+    @property
+    def on_failure(self) -> OnFailure:
+        return self._on_failure
+
+    @property
+    def tally(self) -> Tally:
+        return self._tally
+
+    @property
+    def position(self) -> int:
+        """Of the weighter, as last heard."""
+        return self._link.position
+
+    def refuse(self, step: int, exc: WeighbridgeError) -> None:
+        """Counts a meta-update that can't be sent, or, with `on_failure="raise"`, raises why."""
+        self._tally.add("updates_sent")
+        self._refused(step, exc)
+
+    def before_close(self, finish: Callable[[], None]) -> None:
+        """Has `close` call `finish` first, while updates can still be sent; it must be idempotent and never raise."""
+        self._before_close.append(finish)
+
+    def ask(
+        self,
+        batch: wire.Batch,
+        step: int,
+        min_position: int | None = None,
+        min_effective_share: float | None = None,
+        return_statistics: bool = False,
+    ) -> Scores:
+        """`score` in numpy that counts nothing, and raises WeighbridgeError whatever `on_failure` says."""
         self._raise_background_error()
         self._check_open()
-        self._link.check()
-        deadline = Deadline(self._timeouts.score_s)
-        request = pb.ScoreRequest(job_id=self._link.job_id, step=step, inputs=batch.message())
-        request.min_position = self._own_position(deadline) if min_position is None else min_position
-        response: pb.ScoreResponse = self._link.call("Score", request, deadline.left_s())
-        weights, logits = wire.read_weights(response, batch.rows() or 0)
+        try:
+            self._link.check()
+            deadline = Deadline(self._timeouts.score_s)
+            request = pb.ScoreRequest(
+                job_id=self._link.job_id,
+                step=step,
+                inputs=batch.message(),
+                min_effective_share=min_effective_share,
+                return_statistics=return_statistics,
+            )
+            request.min_position = self._own_position(deadline) if min_position is None else min_position
+            response: pb.ScoreResponse = self._link.call("Score", request, deadline.left_s())
+            answer = wire.read_scores(response, batch.rows() or 0)
+        except WeighbridgeError:
+            self._sender.wake()  # the breaker may have opened: the thread looks for the service from now on
+            raise
         self._link.heard(response.position)
-        scores = Scores(
-            weights=batch.like(weights),
+        return Scores(
+            weights=answer.weights,
             position=response.position,
             effective_sample_size=response.effective_sample_size,
             fallback=False,
-            logits=batch.like(logits),
+            logits=answer.logits,
+            statistics=answer.statistics,
+            trust=response.trust,
         )
-        self._tally.add("scored")
-        return scores
+
+    # ---- Inside -----------------------------------------------------------------------------------------------------
+
+    def _guarded(
+        self, method: str, seconds: str, work: Callable[[], Answer], otherwise: Callable[[WeighbridgeError], Answer]
+    ) -> Answer:
+        """The answer of `work`, or of `otherwise` to whatever went wrong; the time is added to a counter."""
+        started = time.perf_counter()
+        try:
+            return work()
+        except WeighbridgeError as exc:
+            return otherwise(exc)
+        except Exception as exc:
+            return otherwise(unexpected(method, exc))
+        finally:
+            self._tally.add(seconds, time.perf_counter() - started)
 
     def _own_position(self, deadline: Deadline) -> int:
         """Position of the last own update, once all that are outstanding have one."""
@@ -271,10 +352,7 @@ class Job:
         if self._on_failure == "raise":
             raise exc
         self._tally.fallback(exc.code)
-        self._tally.warn_once(
-            f"score {exc.code}", f"uniform weights at step {step} ({exc.code}): {exc.message}", _bug(exc)
-        )
-        self._sender.wake()  # the breaker may have opened: the thread looks for the service from now on
+        self._tally.warn_once(f"score {exc.code}", f"uniform weights at step {step} ({exc.code}): {exc.message}", exc)
         rows = batch.rows() or 1
         ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.float32)
         return Scores(batch.like(ones), self._link.position, float(rows), True, batch.like(zeros))
@@ -289,8 +367,6 @@ class Job:
         update_id: str | None,
     ) -> pb.MetaUpdateRequest:
         self._check_open()
-        if self._link.frozen:
-            raise FailedPrecondition("this job is frozen, it scores only; open it with role='learn' to teach")
         if estimator not in wire.ESTIMATORS:
             raise InvalidArgument(f"estimator is {estimator!r}, expected one of {', '.join(wire.ESTIMATORS)}")
         return pb.MetaUpdateRequest(
@@ -301,15 +377,14 @@ class Job:
             cotangent=wire.cotangent_message(cotangent),
             scored_position=self._link.position if scored_position is None else scored_position,
             estimator=wire.ESTIMATORS[estimator],
+            trust_only=self._link.frozen,
         )
 
     def _refused(self, step: int, exc: WeighbridgeError) -> None:
         if self._on_failure == "raise":
             raise exc
         self._tally.add("updates_refused")
-        self._tally.warn_once(
-            f"refused {exc.code}", f"the meta-update of step {step} was refused: {exc.message}", _bug(exc)
-        )
+        self._tally.warn_once(f"refused {exc.code}", f"the meta-update of step {step} was refused: {exc.message}", exc)
 
     def _raise_background_error(self) -> None:
         if self._on_failure == "raise" and (error := self._sender.take_error()):
@@ -318,18 +393,6 @@ class Job:
     def _check_open(self) -> None:
         if self._closed:
             raise FailedPrecondition("the job is closed; open it again to go on")
-
-
-def _unexpected(method: str, exc: Exception) -> WeighbridgeError:
-    """Arguments that nothing can be made of, mostly: still no reason to end a training run."""
-    error = Internal(f"{method} failed in the client: {exc!r}")
-    error.__cause__ = exc
-    return error
-
-
-def _bug(exc: WeighbridgeError) -> BaseException | None:
-    """What to log a traceback of: surprises in this process, not what a service answered."""
-    return exc.__cause__ if isinstance(exc, Internal) else None
 
 
 def _check_state(state: Any) -> tuple[str, int, int]:

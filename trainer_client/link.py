@@ -45,6 +45,7 @@ class JobLink:
         breaker: shared by the jobs of a client.
         opening: opens the job; its `job_id` is set, so opening again is no new job.
         creation: makes the weighter where it is missing; None: it must be there.
+        upload: gives the service the job's reference where it is missing; None: it must be there.
     """
 
     def __init__(
@@ -53,16 +54,17 @@ class JobLink:
         breaker: CircuitBreaker,
         opening: pb.OpenJobRequest,
         creation: pb.CreateWeighterRequest | None,
+        upload: pb.PutReferenceRequest | None = None,
     ) -> None:
         self.breaker = breaker
         self.attached = False
         self.failure: WeighbridgeError = Unavailable("the job has not reached the weighting service yet")
         self.position = 0  # of the weighter, as last heard
-        self.last_step = -1  # highest step that the weighter was taught
+        self.last_step = -1  # highest step that the weighter was taught by this job, -1: none
         self.last_position = 0  # of the last own update in the weighter's log
         self._transport = transport
         self._opening = opening
-        self._creation = creation
+        self._before = {"CreateWeighter": creation, "PutReference": upload}
         self._attaching = threading.Lock()
         self._positions = threading.Lock()
 
@@ -105,14 +107,15 @@ class JobLink:
             raise
 
     def attach(self, timeout_s: float, *, trial: bool = False) -> None:
-        """Makes the weighter where it is missing and opens the job; both are idempotent."""
+        """Makes weighter and reference where they are missing and opens the job; all of it is idempotent."""
         deadline = Deadline(timeout_s)
         if not self._attaching.acquire(timeout=timeout_s):
             raise DeadlineExceeded("the job was being attached already, and that did not end in time")
         try:
-            if self._creation is not None:
-                self._send("CreateWeighter", self._creation, deadline.left_s(), trial)
-                trial = False  # it closed the breaker
+            for method, request in self._before.items():
+                if request is not None:
+                    self._send(method, request, deadline.left_s(), trial)
+                    trial = False  # it closed the breaker
             self._opened(self._send("OpenJob", self._opening, deadline.left_s(), trial))
         except WeighbridgeError as exc:
             self._detach(exc)
@@ -154,6 +157,8 @@ class JobLink:
         with self._positions:
             mine = max(self.last_position, job.last_position)
             self.last_position = min(mine, job.position)
+            taught = job.last_step if job.last_position else -1
+            self.last_step = max(self.last_step, taught) if mine <= job.position else taught
         if mine > job.position:
             logger.warning(
                 "weighter %r is at position %d, but this job had taught it up to %d: it was made anew or restored from "

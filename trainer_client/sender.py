@@ -140,7 +140,7 @@ class Sender:
         self._attach_at = time.monotonic() + self._attach_backoff.next_s()
 
     def _beat(self) -> None:
-        request = pb.HeartbeatRequest(job_id=self._link.job_id, fallback_steps=self._tally.snapshot().fallback_steps)
+        request = pb.HeartbeatRequest(job_id=self._link.job_id, fallback_steps=self._tally.snapshot().failed_steps)
         try:
             answer = self._link.call("Heartbeat", request, self._timeouts.score_s, trial=True)
             self._link.heard(answer.applied_position)

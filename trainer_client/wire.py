@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from weighting_contract.errors import Internal, InvalidArgument
-from weighting_contract.spec import WeighterSpec
+from weighting_contract.spec import WeighterSpec, check_checksum
 from weighting_contract.tensors import as_array, from_message, to_message
+
+if TYPE_CHECKING:  # needs torch
+    from weighting_contract.ngrams import Row
+    from weighting_contract.profile import Profile
 
 ROLES = {"learn": pb.ROLE_LEARN, "frozen": pb.ROLE_FROZEN}
 ESTIMATORS = {"vjp": pb.ESTIMATOR_VJP, "score_function": pb.ESTIMATOR_SCORE_FUNCTION}
@@ -36,10 +41,10 @@ class Batch:
                 continue
         return None
 
-    def like(self, values: np.ndarray) -> Any:
+    def like(self, values: np.ndarray | None) -> Any:
         """`values` as a torch tensor on the device of the inputs where these are torch tensors, else as they are."""
         for part in (self.features, self.hidden, self.tokens):
-            if hasattr(part, "detach"):
+            if values is not None and hasattr(part, "detach"):
                 import torch
 
                 return torch.from_numpy(np.array(values)).to(part.device)
@@ -68,6 +73,62 @@ def cotangent_message(cotangent: Any) -> pb.Tensor:
     return to_message(_narrowed(array) if array.dtype == np.float64 else array)
 
 
+def probes_message(probes: Any, rows: int) -> pb.Tensor:
+    """[B] uint8. Raises InvalidArgument for anything but one bool a sample."""
+    array = as_array(probes, "probes")
+    if array.shape != (rows,) or array.dtype != np.bool_:
+        raise InvalidArgument(
+            f"probes are {array.dtype.name} of shape {list(array.shape)}, expected bool of [{rows}], one a sample: "
+            "True where it was drawn evenly"
+        )
+    return to_message(array.astype(np.uint8))
+
+
+def reference_message(name: str, checksum: str, tokenizer_checksum: str) -> pb.JobReference | None:
+    """None without a name. Raises InvalidArgument where something is known of a reference that is not named."""
+    check_checksum(checksum, "reference_checksum")
+    check_checksum(tokenizer_checksum, "tokenizer_checksum")
+    if name:
+        return pb.JobReference(name=name, checksum=checksum, tokenizer_checksum=tokenizer_checksum)
+    if checksum or tokenizer_checksum:
+        given = "reference_checksum" if checksum else "tokenizer_checksum"
+        raise InvalidArgument(f"{given} is given without a reference; name the reference that it belongs to")
+    return None
+
+
+def profile_message(profile: Profile | Sequence[Row]) -> pb.TargetProfile:
+    """A finished profile, or the target's documents as they are, one row of token ids each.
+
+    Raises:
+        InvalidArgument: log ratios that are no table, or documents that are no rows of token ids.
+    """
+    finished: Any = profile if hasattr(profile, "log_ratios") else None  # its class is not known without torch
+    if finished is not None:
+        table = np.asarray(finished.log_ratios)
+        if table.ndim != 1 or table.dtype.kind != "f":
+            raise InvalidArgument(
+                f"profile.log_ratios is {table.dtype.name} of shape {list(table.shape)}, expected floats of [buckets]"
+            )
+        return pb.TargetProfile(
+            log_ratios=to_message(table.astype(np.float16)), documents_checksum=finished.documents_checksum
+        )
+    if isinstance(profile, str):
+        raise InvalidArgument("profile is a string, expected a Profile (load_profile reads one) or rows of token ids")
+    documents: Any = profile
+    rows = [as_array(row, f"profile[{i}]") for i, row in enumerate(documents)]
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or not row.size or row.dtype.kind not in "iu":
+            raise InvalidArgument(
+                f"profile[{i}] is {row.dtype.name} of shape {list(row.shape)}, expected a document's token ids, [T]"
+            )
+    if not rows:
+        raise InvalidArgument("profile has no documents, expected the target's, one row of token ids each")
+    return pb.TargetProfile(
+        documents=to_message(_smallest_integers(np.concatenate([row.astype(np.int64) for row in rows]))),
+        lengths=to_message(np.array([len(row) for row in rows], np.int64)),
+    )
+
+
 def spec_message(spec: WeighterSpec | dict[str, Any]) -> pb.WeighterSpec:
     """The message for `spec`, with every default spelled out. Raises InvalidArgument, naming the field."""
     if isinstance(spec, WeighterSpec):
@@ -83,15 +144,26 @@ def spec_message(spec: WeighterSpec | dict[str, Any]) -> pb.WeighterSpec:
     )
 
 
-def read_weights(response: pb.ScoreResponse, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and logits, [B] float32 each, of an answer that is fit to be trained on.
+@dataclass(frozen=True)
+class Answer:
+    """What a ScoreResponse holds for B samples."""
+
+    weights: np.ndarray  # [B] float32
+    logits: np.ndarray  # [B] float32
+    statistics: np.ndarray | None  # [B, F] float32
+
+
+def read_scores(response: pb.ScoreResponse, rows: int) -> Answer:
+    """The arrays of an answer that is fit to be trained on.
 
     Raises:
-        Internal: anything but `rows` finite weights of 0 or more with mean 1: a wrong answer must not reach the loss.
+        Internal: anything but `rows` finite weights of 0 or more with mean 1, or statistics of other samples: a wrong
+            answer must reach neither the loss nor the weighter.
     """
     try:
         weights = from_message(response.weights, "weights")
         logits = from_message(response.logits, "logits")
+        statistics = from_message(response.statistics, "statistics") if response.HasField("statistics") else None
     except InvalidArgument as exc:
         raise Internal(f"the service's answer can't be read: {exc.message}") from exc
     if weights.shape != (rows,) or logits.shape != (rows,):
@@ -101,7 +173,13 @@ def read_weights(response: pb.ScoreResponse, rows: int) -> tuple[np.ndarray, np.
         )
     if not (np.isfinite(weights).all() and (weights >= 0).all() and abs(float(weights.mean()) - 1) < 1e-2):
         raise Internal(f"the service answered weights that are not of mean 1, finite and 0 or more: {weights[:8]}...")
-    return weights.astype(np.float32), logits.astype(np.float32)
+    if statistics is not None:
+        if statistics.ndim != 2 or len(statistics) != rows or not np.isfinite(statistics).all():
+            raise Internal(
+                f"the service answered statistics of shape {list(statistics.shape)}, expected [{rows}, F], all finite"
+            )
+        statistics = statistics.astype(np.float32)
+    return Answer(weights.astype(np.float32), logits.astype(np.float32), statistics)
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:

@@ -57,7 +57,11 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class LearningSpec:
-    """The weighter's optimiser (AdamW) and how cotangents of different jobs are brought to one scale."""
+    """The weighter's optimiser (AdamW), how cotangents of different jobs are brought to one scale, and what scores.
+
+    Cotangents are mostly noise, so single updates swing the parameters; scores come from their running mean, with the
+    decay `averaging` per update (less in the first ones).
+    """
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
@@ -66,6 +70,7 @@ class LearningSpec:
     cotangent_memory: float = 0.95
     max_staleness: int = 1000
     trust: bool = True
+    averaging: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class WeighterSpec:
         _bound("spec.learning.max_gradient_norm", u.max_gradient_norm, 1e-9, 1e9)
         _bound("spec.learning.cotangent_clip", u.cotangent_clip, 1e-3, 1e6)
         _bound("spec.learning.cotangent_memory", u.cotangent_memory, 0.0, 0.9999)
+        _bound("spec.learning.averaging", u.averaging, 0.0, 0.9999)
         _bound("spec.learning.max_staleness", u.max_staleness, 0, 2**31 - 1)
         _bound("spec.seed", self.seed, 0, 2**32 - 1)
 

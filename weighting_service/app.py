@@ -18,6 +18,7 @@ from weighting_contract.errors import InvalidArgument, Unavailable
 from weighting_service.engine import EngineLimits
 from weighting_service.grpc_server import GrpcServer
 from weighting_service.inputs import BatchLimits
+from weighting_service.references import ReferenceStore
 from weighting_service.rest_server import build_app
 from weighting_service.service import ServiceLimits, WeightingService
 from weighting_service.settings import Settings
@@ -27,13 +28,15 @@ from weighting_service.update_log import SqliteUpdateLog
 log = logging.getLogger(__name__)
 
 
-def build_service(settings: Settings) -> WeightingService:
+def build_service(settings: Settings, *, loading_wait_s: float = ServiceLimits.loading_wait_s) -> WeightingService:
     """The use cases over a state directory. Raises WeighbridgeError where the settings can't be met."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
     return WeightingService(
         *open_state(settings.state, settings.snapshots_kept),
-        device=choose_device(settings.device),
+        ReferenceStore(settings.state / "references", models_dir=settings.models, device=device),
+        device=device,
         models_dir=settings.models,
         limits=ServiceLimits(
             BatchLimits(settings.max_batch_samples, settings.max_batch_tokens),
@@ -44,6 +47,7 @@ def build_service(settings: Settings) -> WeightingService:
             ),
             settings.max_pending_updates,
             settings.snapshot_every,
+            loading_wait_s,
         ),
     )
 

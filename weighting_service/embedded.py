@@ -19,6 +19,8 @@ from weighting_service.settings import Settings
 
 T = TypeVar("T")
 
+LOADING_WAIT_S = 110.0  # for a reference, below the client's patience with a service in its own process
+
 
 class EmbeddedService:
     """A weighting service for this process only; without `state_dir`, `close` removes what it learned.
@@ -29,7 +31,7 @@ class EmbeddedService:
     def __init__(self, state_dir: Path | None = None, **settings: Any) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="weighbridge-") if state_dir is None else None
         folder = Path(self._temporary.name) if self._temporary else Path(state_dir or "")
-        self._service = build_service(Settings(state=folder, **settings))
+        self._service = build_service(Settings(state=folder, **settings), loading_wait_s=LOADING_WAIT_S)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="weighbridge-embedded", daemon=True)
         self._thread.start()

@@ -1,8 +1,8 @@
 """The scoring thread: owns the device for forward passes, batches Score calls, refuses overload at once.
 
 Calls wait in one queue a job and are taken from the jobs in turn, so that a noisy job waits behind its own calls, not
-in front of everybody's. One forward pass takes calls of one weighter up to a budget of samples and tokens. Knows
-weighters and plain data; no I/O, no asyncio.
+in front of everybody's. One pass takes calls up to a budget of samples and tokens: those that share a reference,
+whatever their weighters, or else those of one weighter. Knows references, weighters and plain data; no I/O, no asyncio.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from weighting_contract.errors import ResourceExhausted, Unavailable
-from weighting_service.domain import Inputs, Scores
+import numpy as np
+import torch
+from torch import Tensor
+
+from weighting_contract.columns import batch_columns
+from weighting_contract.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from weighting_service.domain import Inputs, ScoreOptions, Scores
+from weighting_service.reference import PackReport, Reference
 from weighting_service.weighter import Weighter
 
 log = logging.getLogger(__name__)
@@ -24,31 +31,70 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Bounds of the queue and of one forward pass."""
+    """Bounds of the queue and of one pass."""
 
     queued_calls: int = 256
     queued_samples: int = 262_144
     samples_per_pass: int = 8192
-    tokens_per_pass: int = 65_536  # padded; a single call that is larger still runs, alone
+    tokens_per_pass: int = 65_536  # a single call that is larger still runs, alone
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The samples of one batch as token ids, for a reference to make the features of that a weighter reads."""
+
+    reference: Reference
+    rows: Sequence[np.ndarray]  # B rows of [T_i] int64, from `reference.check_rows`
+    names: tuple[str, ...]  # of weighting_contract.columns, in the spec's order
+    table: Tensor | None = None  # [buckets] float32, the job's target profile; where one of the names needs it
+    tokens: np.ndarray | None = None  # [B, T] int64, the rows padded on the right; goes with the table
+
+    @property
+    def samples(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def token_count(self) -> int:
+        """Real tokens that the reference reads."""
+        return sum(min(len(row), self.reference.max_tokens) for row in self.rows)
+
+    def features(self, raw: Tensor) -> np.ndarray:
+        """[B, F] float32 from the reference's raw statistics; the profile's n-grams are those of whole rows, uncut."""
+        tokens = mask = None
+        if self.tokens is not None:
+            lengths = np.array([len(row) for row in self.rows])
+            tokens = torch.from_numpy(self.tokens)
+            mask = torch.from_numpy(np.arange(self.tokens.shape[1]) < lengths[:, None])
+        columns = batch_columns(raw, self.names, tokens=tokens, mask=mask, table=self.table)
+        return columns.numpy()
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """One forward pass, for metrics."""
+    """One pass, for metrics."""
 
     calls: int
     samples: int
     tokens: int
-    device_s: float
+    device_s: float  # forward passes of reference and weighters
     longest_wait_s: float
+    reference: str = ""  # its name; empty: none was needed
+    reference_s: float = 0.0  # its share of device_s
+    packing: PackReport | None = None
 
 
 @dataclass
 class _Call:
     weighter: Weighter
-    inputs: Inputs
+    batch: Inputs | TokenRows
+    options: ScoreOptions
     future: Future[Scores]
-    queued_at: float
+    queued_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def pass_key(self) -> Reference | Weighter:
+        """Calls of one pass agree in it."""
+        return self.batch.reference if isinstance(self.batch, TokenRows) else self.weighter
 
 
 class Engine:
@@ -79,26 +125,33 @@ class Engine:
     def queued_calls(self) -> int:
         return self._calls
 
-    def score(self, job_id: str, weighter: Weighter, inputs: Inputs) -> Future[Scores]:
-        """The scores of one batch, soon. Cancelling the future drops the call if it has not reached the device.
+    def score(self, queue: str, weighter: Weighter, batch: Inputs | TokenRows, options: ScoreOptions) -> Future[Scores]:
+        """The scores of one batch, soon; with the reference's statistics where it came as token rows.
 
-        Raises ResourceExhausted when the queue is full, Unavailable when the engine is stopping.
+        Cancelling the future drops the call if it has not reached the device.
+
+        Args:
+            queue: whose turn the call waits for, such as a job's id.
+
+        Raises:
+            ResourceExhausted: the queue is full.
+            Unavailable: the engine is stopping.
         """
         future: Future[Scores] = Future()
         with self._changed:
             if self._stopping:
                 raise Unavailable("the service is stopping; use another one or try again when it is back")
             if self._calls >= self._limits.queued_calls or (
-                self._calls and self._samples + inputs.samples > self._limits.queued_samples
+                self._calls and self._samples + batch.samples > self._limits.queued_samples
             ):
                 raise ResourceExhausted(
                     f"{self._calls} calls with {self._samples} samples are waiting to be scored, as many as this "
                     "service queues; try again shortly or add a service",
                     retry_after_s=1.0,
                 )
-            self._queues.setdefault(job_id, deque()).append(_Call(weighter, inputs, future, time.monotonic()))
+            self._queues.setdefault(queue, deque()).append(_Call(weighter, batch, options, future))
             self._calls += 1
-            self._samples += inputs.samples
+            self._samples += batch.samples
             self._changed.notify()
         return future
 
@@ -112,6 +165,8 @@ class Engine:
             self._changed.notify()
         return future
 
+    # ---- The thread -------------------------------------------------------------------------------------------------
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -119,49 +174,53 @@ class Engine:
                 pings, self._pings = self._pings, []
                 if self._stopping:
                     self._refuse_all()
-                batch = self._take()
+                calls = self._take()
                 stopping = self._stopping
             for ping in pings:
                 if ping.set_running_or_notify_cancel():
                     ping.set_result(None)
             if stopping:
                 return
-            if batch:
-                self._score(batch)
+            if calls:
+                self._pass(calls)
 
     def _take(self) -> list[_Call]:
-        """Calls for one forward pass: one weighter's, from the jobs in turn, within the budget; no cancelled ones."""
-        batch: list[_Call] = []
+        """Calls for one pass: of one key, from the jobs in turn, within the budget; no cancelled ones."""
+        taken: list[_Call] = []
         samples = tokens = 0
         skipped: set[str] = set()
         while len(skipped) < len(self._queues):
-            job_id = next(iter(self._queues))
-            queue = self._queues[job_id]
-            call = queue[0]
+            queue = next(iter(self._queues))
+            call = self._queues[queue][0]
             if call.future.cancelled():
-                self._drop_first(job_id)
+                self._drop_first(queue)
                 continue
-            self._queues.move_to_end(job_id)
+            self._queues.move_to_end(queue)
             fits = (
-                samples + call.inputs.samples <= self._limits.samples_per_pass
-                and tokens + call.inputs.token_count <= self._limits.tokens_per_pass
+                samples + call.batch.samples <= self._limits.samples_per_pass
+                and tokens + call.batch.token_count <= self._token_budget(call)
             )
-            if job_id in skipped or (batch and (call.weighter is not batch[0].weighter or not fits)):
-                skipped.add(job_id)
+            if queue in skipped or (taken and (call.pass_key is not taken[0].pass_key or not fits)):
+                skipped.add(queue)
                 continue
-            self._drop_first(job_id)
+            self._drop_first(queue)
             if call.future.set_running_or_notify_cancel():
-                batch.append(call)
-                samples += call.inputs.samples
-                tokens += call.inputs.token_count
-        return batch
+                taken.append(call)
+                samples += call.batch.samples
+                tokens += call.batch.token_count
+        return taken
 
-    def _drop_first(self, job_id: str) -> None:
-        call = self._queues[job_id].popleft()
+    def _token_budget(self, call: _Call) -> int:
+        """Less than one of the reference's packs would leave the device idle."""
+        pack = call.batch.reference.tokens_per_pack if isinstance(call.batch, TokenRows) else 0
+        return max(self._limits.tokens_per_pass, pack)
+
+    def _drop_first(self, queue: str) -> None:
+        call = self._queues[queue].popleft()
         self._calls -= 1
-        self._samples -= call.inputs.samples
-        if not self._queues[job_id]:
-            del self._queues[job_id]
+        self._samples -= call.batch.samples
+        if not self._queues[queue]:
+            del self._queues[queue]
 
     def _refuse_all(self) -> None:
         for queue in self._queues.values():
@@ -171,25 +230,79 @@ class Engine:
         self._queues.clear()
         self._calls = self._samples = 0
 
-    def _score(self, batch: list[_Call]) -> None:
+    def _pass(self, calls: list[_Call]) -> None:
+        """Features of all calls that a reference makes them for, then the scores of each weighter's calls."""
         started = time.monotonic()
-        try:
-            scores = batch[0].weighter.score([call.inputs for call in batch])
-            device_s = time.monotonic() - started
-        except Exception as exc:  # whatever the model raises must reach the callers, and the thread must live on
-            log.exception("scoring %d calls failed", len(batch))
-            for call in batch:
-                call.future.set_exception(exc)
-            return
-        for call, result in zip(batch, scores, strict=True):
-            call.future.set_result(result)
+        reference, reference_s, packing = "", 0.0, None
+        key = calls[0].pass_key
+        ready = [(call, call.batch) for call in calls if isinstance(call.batch, Inputs)]
+        if isinstance(key, Reference):
+            ready, packing = _with_features(key, calls)
+            reference, reference_s = key.name, time.monotonic() - started
+        groups: dict[int, list[tuple[_Call, Inputs]]] = {}
+        for call, inputs in ready:
+            groups.setdefault(id(call.weighter), []).append((call, inputs))
+        device_s = reference_s + sum(_score(group) for group in groups.values())
         if self._on_pass:
             self._on_pass(
                 PassReport(
-                    calls=len(batch),
-                    samples=sum(c.inputs.samples for c in batch),
-                    tokens=sum(c.inputs.token_count for c in batch),
+                    calls=len(calls),
+                    samples=sum(call.batch.samples for call in calls),
+                    tokens=sum(call.batch.token_count for call in calls),
                     device_s=device_s,
-                    longest_wait_s=started - min(c.queued_at for c in batch),
+                    longest_wait_s=started - min(call.queued_at for call in calls),
+                    reference=reference,
+                    reference_s=reference_s,
+                    packing=packing,
                 )
             )
+
+
+def _with_features(reference: Reference, calls: list[_Call]) -> tuple[list[tuple[_Call, Inputs]], PackReport | None]:
+    """The calls with the features that the reference gives them; those that get none have their answer already."""
+    batches = [(call, call.batch) for call in calls if isinstance(call.batch, TokenRows)]
+    try:
+        raws = reference.raw_statistics_of([batch.rows for _, batch in batches], checked=True)
+    except Exception as exc:  # whatever the model raises must reach the callers, and the thread must live on
+        _fail(calls, exc)
+        return [], None
+    ready = []
+    for (call, batch), raw in zip(batches, raws, strict=True):
+        try:
+            features = batch.features(raw)
+        except Exception as exc:
+            _fail([call], exc)
+            continue
+        finite = np.isfinite(features).all(1)
+        if finite.all():
+            ready.append((call, Inputs(features=features)))
+        else:
+            call.future.set_exception(
+                FailedPrecondition(
+                    f"the reference {reference.name!r} gives losses that are not finite for sample "
+                    f"{int(np.argmin(finite))}; use another reference, or train it again"
+                )
+            )
+    return ready, reference.last_report
+
+
+def _score(group: list[tuple[_Call, Inputs]]) -> float:
+    """Answers calls of one weighter; returns the seconds that its forward pass took."""
+    calls, inputs = zip(*group, strict=True)
+    started = time.monotonic()
+    try:
+        results = calls[0].weighter.score(inputs, [call.options for call in calls])
+        elapsed = time.monotonic() - started
+    except Exception as exc:
+        _fail(calls, exc)
+        return 0.0
+    for call, given, scores in zip(calls, inputs, results, strict=True):
+        made = isinstance(call.batch, TokenRows)
+        call.future.set_result(replace(scores, statistics=given.features) if made else scores)
+    return elapsed
+
+
+def _fail(calls: Sequence[_Call], exc: Exception) -> None:
+    log.error("scoring %d calls failed", len(calls), exc_info=exc)
+    for call in calls:
+        call.future.set_exception(exc)

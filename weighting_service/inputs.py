@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +55,7 @@ def check_inputs(
         raise InvalidArgument(f"every input needs one row a sample, got {rows}")
     if inputs.samples == 0:
         raise InvalidArgument(f"{next(iter(rows))} has no rows; a batch needs at least one sample")
-    if inputs.samples > limits.samples:
-        raise InvalidArgument(f"the batch has {inputs.samples} samples, this service takes at most {limits.samples}")
+    check_samples(inputs.samples, limits)
     return inputs
 
 
@@ -118,12 +117,17 @@ def _token_rows(
     if len(given) != 1:
         raise InvalidArgument(f"this weighter reads tokens: give either tokens or texts, got {given or 'neither'}")
     if raw.texts is not None:
-        tokens, lengths = _from_texts(raw, spec.tokens.max_tokens, tokenize)
+        if tokenize is None:
+            raise InvalidArgument("texts were given, but this weighter's spec names no tokenizer; send token ids")
+        tokens, lengths = padded(_from_texts(raw, tokenize, spec.tokens.max_tokens))
     else:
         assert raw.tokens is not None
-        tokens, lengths = _from_ids(raw.tokens, raw.lengths, spec.tokens.max_tokens)
-    if tokens.size > limits.tokens:
-        raise InvalidArgument(f"the batch has {tokens.size} padded tokens, this service takes at most {limits.tokens}")
+        if raw.tokens.ndim == 2 and raw.tokens.shape[1] > spec.tokens.max_tokens:
+            raise InvalidArgument(
+                f"tokens has rows of {raw.tokens.shape[1]}, this weighter's spec takes at most {spec.tokens.max_tokens}"
+            )
+        tokens, lengths = _from_ids(raw.tokens, raw.lengths)
+    check_padded(tokens.size, limits)
     real = np.arange(tokens.shape[1]) < lengths[:, None]
     tokens = np.where(real, tokens, 0)
     outside = (tokens < 0) | (tokens >= vocabulary_size) if vocabulary_size is not None else tokens < 0
@@ -135,35 +139,80 @@ def _token_rows(
     return tokens, lengths
 
 
-def _from_texts(raw: RawInputs, max_tokens: int, tokenize: Tokenize | None) -> tuple[np.ndarray, np.ndarray]:
-    if tokenize is None:
-        raise InvalidArgument("texts were given, but this weighter's spec names no tokenizer; send token ids")
+def check_token_rows(raw: RawInputs, *, limits: BatchLimits, tokenize: Tokenize) -> tuple[list[np.ndarray], str]:
+    """The samples of a batch as [T_i] rows of token ids, for a reference, and the field that they came in.
+
+    The ids themselves are left to the reference's `check_rows`.
+
+    Raises:
+        InvalidArgument: names the field, what was given and what is expected.
+    """
+    given = [name for name in ("tokens", "texts", "features", "hidden") if getattr(raw, name) is not None]
+    if given not in (["tokens"], ["texts"]):
+        raise InvalidArgument(
+            f"this job has a reference: give tokens, texts or the features that it had before, got "
+            f"{' and '.join(given) or 'nothing'}"
+        )
+    if raw.texts is not None:
+        check_samples(len(raw.texts), limits)
+        rows = [np.array(ids, np.int64) for ids in _from_texts(raw, tokenize)]
+        check_padded(len(rows) * max(map(len, rows)), limits)
+        return rows, "texts"
+    assert raw.tokens is not None
+    tokens, lengths = _from_ids(raw.tokens, raw.lengths)
+    check_samples(len(tokens), limits)
+    check_padded(tokens.size, limits)
+    return [row[:length] for row, length in zip(tokens, lengths, strict=True)], "tokens"
+
+
+def padded(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids as [B, T] int64, padded on the right with 0, and their lengths [B] int64."""
+    lengths = np.array([len(row) for row in rows], np.int64)
+    tokens = np.zeros((len(rows), int(lengths.max())), np.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens, lengths
+
+
+def check_samples(samples: int, limits: BatchLimits) -> None:
+    """Raises InvalidArgument for a batch of more samples than one call may send."""
+    if samples > limits.samples:
+        raise InvalidArgument(f"the batch has {samples} samples, this service takes at most {limits.samples}")
+
+
+def check_padded(tokens: int, limits: BatchLimits) -> None:
+    """Raises InvalidArgument for a batch of more padded tokens than one call may send."""
+    if tokens > limits.tokens:
+        raise InvalidArgument(f"the batch has {tokens} padded tokens, this service takes at most {limits.tokens}")
+
+
+def _from_texts(raw: RawInputs, tokenize: Tokenize, max_tokens: int | None = None) -> list[list[int]]:
     if raw.lengths is not None:
         raise InvalidArgument("lengths go with tokens, not with texts; leave them out")
     assert raw.texts is not None
-    if not raw.texts:
-        raise InvalidArgument("texts has no rows; a batch needs at least one sample")
-    for i, text in enumerate(raw.texts):
-        check_text(text, f"texts[{i}]")
-    rows = [ids[:max_tokens] for ids in tokenize(raw.texts)]
+    return text_rows(raw.texts, "texts", tokenize, max_tokens)
+
+
+def text_rows(texts: tuple[str, ...], field: str, tokenize: Tokenize, max_tokens: int | None = None) -> list[list[int]]:
+    """Token ids of each text, cut to `max_tokens`. Raises InvalidArgument for no texts, or texts without tokens."""
+    if not texts:
+        raise InvalidArgument(f"{field} has no rows; a batch needs at least one sample")
+    for i, text in enumerate(texts):
+        check_text(text, f"{field}[{i}]")
+    rows = [ids[:max_tokens] for ids in tokenize(texts)]
     for i, row in enumerate(rows):
         if not row:
-            raise InvalidArgument(f"texts[{i}] has no tokens, expected a text that is not empty")
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return tokens, np.array([len(row) for row in rows], np.int64)
+            raise InvalidArgument(f"{field}[{i}] has no tokens, expected a text that is not empty")
+    return rows
 
 
-def _from_ids(tokens: np.ndarray, lengths: np.ndarray | None, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _from_ids(tokens: np.ndarray, lengths: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     if tokens.dtype.kind not in "iu":
         raise InvalidArgument(f"tokens has dtype {tokens.dtype.name}, expected an integer type")
     if tokens.ndim == 2 and len(tokens) == 0:
         raise InvalidArgument("tokens has no rows; a batch needs at least one sample")
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise InvalidArgument(f"tokens has shape {list(tokens.shape)}, expected [B, T] with T of at least 1")
-    if tokens.shape[1] > max_tokens:
-        raise InvalidArgument(f"tokens has rows of {tokens.shape[1]}, this weighter's spec takes at most {max_tokens}")
     if lengths is None:
         lengths = np.full(len(tokens), tokens.shape[1])
     if lengths.dtype.kind not in "iu" or lengths.shape != (len(tokens),):
@@ -195,3 +244,19 @@ def check_cotangent(cotangent: np.ndarray, samples: int) -> np.ndarray:
             "check that the losses depend on the parameters and that the batch has at least two samples"
         )
     return values
+
+
+def check_probes(probes: np.ndarray | None, samples: int) -> np.ndarray | None:
+    """Probes as [B] bool. Raises InvalidArgument for another shape, or values that are neither 0 nor 1."""
+    if probes is None:
+        return None
+    if probes.dtype.kind not in "bui" or probes.shape != (samples,):
+        raise InvalidArgument(
+            f"probes is {probes.dtype.name} of shape {list(probes.shape)}, expected 0 or 1 (uint8) of [{samples}], "
+            "one a sample of the inputs"
+        )
+    wrong = (probes != 0) & (probes != 1)
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise InvalidArgument(f"probes[{i}] is {probes[i]}, expected 1 for a sample that was drawn evenly, else 0")
+    return probes.astype(np.bool_)

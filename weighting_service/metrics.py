@@ -29,6 +29,23 @@ class Metrics:
         self.pass_calls = Histogram("weighbridge_pass_calls", "Calls a forward pass", buckets=SIZES, registry=r)
         self.pass_samples = Histogram("weighbridge_pass_samples", "Samples a forward pass", buckets=SIZES, registry=r)
         self.device_seconds = Counter("weighbridge_device_seconds", "Time spent in forward passes", registry=r)
+        per_reference = [
+            Counter(f"weighbridge_reference_{name}", words, ["reference"], registry=r)
+            for name, words in (
+                ("seconds", "Share of the device's time that references took"),
+                ("samples", "Samples scored by references"),
+                ("cut_samples", "Samples that were longer than the reference takes"),
+                ("tokens", "Tokens scored by references"),
+                ("padded_tokens", "Tokens that this took with padding"),
+            )
+        ]
+        (
+            self.reference_seconds,
+            self.reference_samples,
+            self.reference_cut_samples,
+            self.reference_tokens,
+            self.reference_padded_tokens,
+        ) = self._per_reference = per_reference
         self.position = Gauge("weighbridge_position", "Last position in the log", ["weighter"], registry=r)
         self.applied = Gauge("weighbridge_applied_position", "Position that Score uses", ["weighter"], registry=r)
         self.updates = Counter("weighbridge_updates", "Meta-updates taken", ["weighter"], registry=r)
@@ -38,7 +55,14 @@ class Metrics:
         self.weighters_failed = Gauge(
             "weighbridge_weighters_failed", "Weighters whose state can't be vouched for", registry=r
         )
+        self.references = Gauge("weighbridge_references", "References offered", registry=r)
+        self.references_failed = Gauge(
+            "weighbridge_references_failed", "References on disk that are damaged", registry=r
+        )
         self.jobs_open = Gauge("weighbridge_jobs_open", "Jobs open", registry=r)
+        self.job_trust = Gauge(
+            "weighbridge_job_trust", "Factor on the logits of an open job", ["weighter", "job"], registry=r
+        )
         self.fallback_steps = Gauge(
             "weighbridge_client_fallback_steps", "Steps trained with uniform weights, by open jobs' reports", registry=r
         )
@@ -51,13 +75,33 @@ class Metrics:
         self.pass_calls.observe(report.calls)
         self.pass_samples.observe(report.samples)
         self.device_seconds.inc(report.device_s)
+        if report.packing:
+            self.reference_seconds.labels(report.reference).inc(report.reference_s)
+            self.reference_samples.labels(report.reference).inc(report.packing.samples)
+            self.reference_cut_samples.labels(report.reference).inc(report.packing.cut_samples)
+            self.reference_tokens.labels(report.reference).inc(report.packing.real_tokens)
+            self.reference_padded_tokens.labels(report.reference).inc(report.packing.padded_tokens)
 
-    def forget(self, weighter: str) -> None:
+    def forget_weighter(self, weighter: str) -> None:
         """Drops a deleted weighter's series."""
-        for metric in (self.position, self.applied, self.updates, self.duplicates):
-            if (weighter,) in metric._metrics:
-                metric.remove(weighter)
+        for metric in (self.position, self.applied, self.updates, self.duplicates, self.refused, self.job_trust):
+            _drop(metric, weighter)
+
+    def forget_job(self, weighter: str, job: str) -> None:
+        """Drops a closed job's series."""
+        _drop(self.job_trust, weighter, job)
+
+    def forget_reference(self, reference: str) -> None:
+        """Drops a deleted reference's series."""
+        for metric in self._per_reference:
+            _drop(metric, reference)
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)
+
+
+def _drop(metric: Counter | Gauge, *labels: str) -> None:
+    """Removes the series whose first labels are these."""
+    for values in [v for v in metric._metrics if v[: len(labels)] == labels]:
+        metric.remove(*values)

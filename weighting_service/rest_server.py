@@ -2,95 +2,35 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from weighting_contract.errors import InvalidArgument, Unavailable, WeighbridgeError
-from weighting_contract.spec import WeighterSpec
 from weighting_service.calls import call
-from weighting_service.domain import Estimator, LearningStatistics, RawInputs, Role, Scores
-from weighting_service.service import JobView, WeighterView, WeightingService
-
-INT64 = 2**63 - 1
-
-Rows = Annotated[list[list[float]], Field(description="one row a sample")]
-
-
-class Body(BaseModel):
-    """Base of the request bodies: unknown fields are errors, not silence."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class InputsBody(Body):
-    """The samples of one batch; give what the weighter's spec reads."""
-
-    features: Rows | None = Field(None, description="[B, F] columns in the order of feature_names or of the spec")
-    hidden: Rows | None = Field(None, description="[B, H] pooled hidden states")
-    tokens: list[list[int]] | None = Field(None, description="B lists of token ids, of any lengths")
-    texts: list[str] | None = Field(None, description="B texts, for weighters with a tokenizer")
-
-    def raw(self) -> RawInputs:
-        tokens, lengths = _pad(self.tokens)
-        texts = None if self.texts is None else tuple(self.texts)
-        return RawInputs(_floats(self.features, "features"), _floats(self.hidden, "hidden"), tokens, lengths, texts)
-
-
-class ErrorDetail(BaseModel):
-    code: str = Field(examples=["INVALID_ARGUMENT"])
-    message: str
-    retry_after_s: float | None = None
-
-
-class ErrorBody(BaseModel):
-    """What every error looks like."""
-
-    error: ErrorDetail
-
-
-class CreateWeighterBody(Body):
-    name: str = Field(examples=["default"])
-    spec: dict[str, Any] = Field(examples=[{"features": {"names": ["loss", "length"]}}])
-    exist_ok: bool = False
-
-
-class OpenJobBody(Body):
-    weighter: str
-    job_id: str = Field("", description="empty: the service chooses; a known id resumes that job")
-    role: Role = Role.LEARN
-    feature_names: list[str] = Field([], description="the job's columns in its order; empty: those of the spec")
-
-
-class HeartbeatBody(Body):
-    fallback_steps: int = Field(0, ge=0, le=INT64)
-
-
-class ScoreBody(Body):
-    inputs: InputsBody
-    step: int = Field(0, ge=0, le=INT64)
-    min_position: int = Field(0, ge=0, le=INT64, description="wait until this position is applied")
-
-
-class ScoreOnceBody(Body):
-    inputs: InputsBody
-    feature_names: list[str] = Field([], description="names of the feature columns in the order sent")
-
-
-class MetaUpdateBody(Body):
-    inputs: InputsBody
-    cotangent: list[float] = Field(description="[B] dL_val/dw")
-    step: int = Field(ge=0, le=INT64)
-    update_id: str = Field("", description="idempotency key within the job; empty: the step")
-    scored_position: int = Field(0, ge=0, le=INT64, description="position that the step's weights were scored at")
-    estimator: Estimator = Estimator.VJP
+from weighting_service.rest_json import (
+    CreateWeighterBody,
+    ErrorBody,
+    HeartbeatBody,
+    MetaUpdateBody,
+    OpenJobBody,
+    PutReferenceBody,
+    ScoreBody,
+    ScoreOnceBody,
+    ScoreTextsBody,
+    files_json,
+    job_json,
+    reference_json,
+    scores_json,
+    taught_json,
+    text_scores_json,
+    weighter_json,
+)
+from weighting_service.service import WeightingService
 
 
 def build_app(service: WeightingService, *, max_body_bytes: int) -> FastAPI:
@@ -105,7 +45,9 @@ def build_app(service: WeightingService, *, max_body_bytes: int) -> FastAPI:
     _add_errors(app)
     _add_body_limit(app, max_body_bytes)
     _add_weighters(app, service)
+    _add_references(app, service)
     _add_jobs(app, service)
+    _add_scores(app, service)
     _add_operations(app, service)
     return app
 
@@ -116,8 +58,7 @@ def _add_weighters(app: FastAPI, service: WeightingService) -> None:
     @app.post("/v1/weighters", tags=["weighters"])
     async def create_weighter(body: CreateWeighterBody) -> dict[str, Any]:
         with call(metrics, "CreateWeighter"):
-            spec = WeighterSpec.from_dict(body.spec)
-            return weighter_json(await service.create_weighter(body.name, spec, body.exist_ok))
+            return weighter_json(await service.create_weighter(body.name, body.spec, body.exist_ok, body.initial))
 
     @app.get("/v1/weighters", tags=["weighters"])
     async def list_weighters() -> dict[str, Any]:
@@ -139,14 +80,67 @@ def _add_weighters(app: FastAPI, service: WeightingService) -> None:
     async def export_weighter(name: str) -> dict[str, Any]:
         """Files by name, base64."""
         with call(metrics, "ExportWeighter"):
-            files = await service.export_weighter(name)
-            return {"files": {file: base64.b64encode(data).decode() for file, data in files.items()}}
+            return {"files": files_json(await service.export_weighter(name))}
+
+
+def _add_references(app: FastAPI, service: WeightingService) -> None:
+    metrics = service.metrics
+
+    @app.put("/v1/references/{name}", tags=["references"])
+    async def put_reference(name: str, body: PutReferenceBody) -> dict[str, Any]:
+        with call(metrics, "PutReference"):
+            return reference_json(await service.put_reference(name, body.contents(), body.exist_ok))
+
+    @app.get("/v1/references", tags=["references"])
+    async def list_references() -> dict[str, Any]:
+        with call(metrics, "ListReferences"):
+            return {"references": [reference_json(view) for view in await service.list_references()]}
+
+    @app.get("/v1/references/{name}", tags=["references"])
+    async def get_reference(name: str, files: Annotated[list[str] | None, Query()] = None) -> dict[str, Any]:
+        """`?files=tokenizer.json` sends that file along, base64."""
+        with call(metrics, "GetReference"):
+            return reference_json(await service.get_reference(name, files or ()))
+
+    @app.delete("/v1/references/{name}", tags=["references"])
+    async def delete_reference(name: str) -> dict[str, Any]:
+        with call(metrics, "DeleteReference"):
+            await service.delete_reference(name)
+            return {}
+
+
+def _add_scores(app: FastAPI, service: WeightingService) -> None:
+    metrics = service.metrics
+
+    @app.post("/v1/score", tags=["scores"])
+    async def score_texts(body: ScoreTextsBody) -> dict[str, Any]:
+        """Weights for texts by a few example texts of the target; nothing needs to be made before."""
+        with call(metrics, "ScoreTexts"):
+            texts, target = tuple(body.texts), tuple(body.target)
+            return text_scores_json(await service.score_texts(texts, target, body.weighter, body.reference))
 
     @app.post("/v1/weighters/{name}/score", tags=["scores"])
     async def score_once(name: str, body: ScoreOnceBody) -> dict[str, Any]:
         """Weights for a batch of texts, token ids or feature rows, without a job."""
         with call(metrics, "ScoreOnce"):
             return scores_json(await service.score_once(name, body.inputs.raw(), tuple(body.feature_names)))
+
+    @app.post("/v1/jobs/{job_id}/score", tags=["scores"])
+    async def score(job_id: str, body: ScoreBody) -> dict[str, Any]:
+        with call(metrics, "Score"):
+            scores = await service.score(
+                job_id,
+                body.inputs.raw(),
+                min_position=body.min_position,
+                min_effective_share=body.min_effective_share,
+                return_statistics=body.return_statistics,
+            )
+            return scores_json(scores)
+
+    @app.post("/v1/jobs/{job_id}/meta-updates", tags=["learning"])
+    async def meta_update(job_id: str, body: MetaUpdateBody) -> dict[str, Any]:
+        with call(metrics, "MetaUpdate"):
+            return taught_json(await service.meta_update(job_id, body.request()))
 
 
 def _add_jobs(app: FastAPI, service: WeightingService) -> None:
@@ -155,8 +149,7 @@ def _add_jobs(app: FastAPI, service: WeightingService) -> None:
     @app.post("/v1/jobs", tags=["jobs"])
     async def open_job(body: OpenJobBody) -> dict[str, Any]:
         with call(metrics, "OpenJob"):
-            names = tuple(body.feature_names)
-            return job_json(await service.open_job(body.weighter, body.job_id, body.role, names))
+            return job_json(await service.open_job(body.request()))
 
     @app.post("/v1/jobs/{job_id}/close", tags=["jobs"])
     async def close_job(job_id: str) -> dict[str, Any]:
@@ -168,29 +161,6 @@ def _add_jobs(app: FastAPI, service: WeightingService) -> None:
         with call(metrics, "Heartbeat"):
             position, applied = await service.heartbeat(job_id, body.fallback_steps)
             return {"position": position, "applied_position": applied}
-
-    @app.post("/v1/jobs/{job_id}/score", tags=["scores"])
-    async def score(job_id: str, body: ScoreBody) -> dict[str, Any]:
-        with call(metrics, "Score"):
-            return scores_json(await service.score(job_id, body.inputs.raw(), body.min_position))
-
-    @app.post("/v1/jobs/{job_id}/meta-updates", tags=["learning"])
-    async def meta_update(job_id: str, body: MetaUpdateBody) -> dict[str, Any]:
-        with call(metrics, "MetaUpdate"):
-            taught = await service.meta_update(
-                job_id,
-                body.step,
-                body.inputs.raw(),
-                np.array(body.cotangent, np.float64),
-                update_id=body.update_id,
-                scored_position=body.scored_position,
-                estimator=body.estimator,
-            )
-            return {
-                "position": taught.position,
-                "duplicate": taught.duplicate,
-                "applied_position": taught.applied_position,
-            }
 
 
 def _add_operations(app: FastAPI, service: WeightingService) -> None:
@@ -255,71 +225,3 @@ def _add_body_limit(app: FastAPI, max_body_bytes: int) -> None:
             message = f"the body has {length} bytes, this service takes at most {max_body_bytes} (--max-message-mb)"
             return _error(InvalidArgument.code, message, 413)
         return await call_next(request)
-
-
-def _floats(rows: list[list[float]] | None, field: str) -> np.ndarray | None:
-    """[B, F] float64; what does not fit into float32 is found out where all inputs are checked."""
-    if rows is None:
-        return None
-    for i, row in enumerate(rows):
-        if len(row) != len(rows[0]):
-            raise InvalidArgument(f"{field}[{i}] has {len(row)} columns, but {field}[0] has {len(rows[0])}")
-    return np.array(rows, np.float64).reshape(len(rows), len(rows[0]) if rows else 0)
-
-
-def _pad(rows: list[list[int]] | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Rows of any lengths as [B, T] and [B]."""
-    if rows is None:
-        return None, None
-    for i, row in enumerate(rows):
-        if not row:
-            raise InvalidArgument(f"tokens[{i}] has no tokens, expected at least one")
-    lengths = np.array([len(row) for row in rows], np.int64)
-    tokens = np.zeros((len(rows), max([1, *lengths])), np.int64)
-    for i, row in enumerate(rows):
-        try:
-            tokens[i, : len(row)] = row
-        except OverflowError as exc:
-            raise InvalidArgument(f"tokens[{i}] holds an id that is no 64-bit integer") from exc
-    return tokens, lengths
-
-
-def scores_json(scores: Scores) -> dict[str, Any]:
-    return {
-        "weights": scores.weights.tolist(),
-        "logits": scores.logits.tolist(),
-        "position": scores.position,
-        "effective_sample_size": scores.effective_sample_size,
-    }
-
-
-def weighter_json(view: WeighterView) -> dict[str, Any]:
-    return {
-        "name": view.record.name,
-        "spec": view.record.spec.to_dict(),
-        "position": view.position,
-        "applied_position": view.applied_position,
-        "parameters": view.parameters,
-        "jobs_open": view.jobs_open,
-        "learning": _learning_json(view.learning) | {"duplicates": view.duplicates, "refused": view.refused},
-        "created_unix_ms": view.record.created_unix_ms,
-    }
-
-
-def _learning_json(learning: LearningStatistics) -> dict[str, Any]:
-    values = dict(vars(learning))
-    return values | {"jobs": {job_id: dict(vars(job)) for job_id, job in learning.jobs.items()}}
-
-
-def job_json(view: JobView) -> dict[str, Any]:
-    return {
-        "job_id": view.record.job_id,
-        "weighter": view.weighter,
-        "role": view.record.role.value,
-        "open": view.record.open,
-        "resumed": view.resumed,
-        "position": view.position,
-        "last_step": view.last_step,
-        "last_position": view.last_position,
-        "spec": view.spec.to_dict(),
-    }

@@ -6,15 +6,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from protos.weighting.v1 import weighting_pb2 as pb
-from weighting_contract.errors import InvalidArgument
-from weighting_contract.tensors import from_message
 from weighting_service import wire
 from weighting_service.service import WeightingService
 
 
 async def create_weighter(service: WeightingService, request: pb.CreateWeighterRequest) -> pb.Weighter:
-    spec = wire.spec_from_message(request.spec)
-    return wire.weighter_to_message(await service.create_weighter(request.name, spec, request.exist_ok))
+    spec = wire.spec_values(request.spec)
+    view = await service.create_weighter(request.name, spec, request.exist_ok, request.initial)
+    return wire.weighter_to_message(view)
 
 
 async def get_weighter(service: WeightingService, request: pb.GetWeighterRequest) -> pb.Weighter:
@@ -40,10 +39,26 @@ async def watch_weighter(service: WeightingService, request: pb.WatchWeighterReq
         yield wire.weighter_to_message(view)
 
 
+async def put_reference(service: WeightingService, request: pb.PutReferenceRequest) -> pb.Reference:
+    return wire.reference_to_message(await service.put_reference(request.name, dict(request.files), request.exist_ok))
+
+
+async def get_reference(service: WeightingService, request: pb.GetReferenceRequest) -> pb.Reference:
+    return wire.reference_to_message(await service.get_reference(request.name, request.files))
+
+
+async def list_references(service: WeightingService, request: pb.ListReferencesRequest) -> pb.ListReferencesResponse:
+    views = await service.list_references()
+    return pb.ListReferencesResponse(references=[wire.reference_to_message(view) for view in views])
+
+
+async def delete_reference(service: WeightingService, request: pb.DeleteReferenceRequest) -> pb.DeleteReferenceResponse:
+    await service.delete_reference(request.name)
+    return pb.DeleteReferenceResponse()
+
+
 async def open_job(service: WeightingService, request: pb.OpenJobRequest) -> pb.Job:
-    role = wire.role_from_message(request.role)
-    view = await service.open_job(request.weighter, request.job_id, role, tuple(request.feature_names))
-    return wire.job_to_message(view)
+    return wire.job_to_message(await service.open_job(wire.job_request_from_message(request)))
 
 
 async def close_job(service: WeightingService, request: pb.CloseJobRequest) -> pb.Job:
@@ -56,22 +71,18 @@ async def heartbeat(service: WeightingService, request: pb.HeartbeatRequest) -> 
 
 
 async def score(service: WeightingService, request: pb.ScoreRequest) -> pb.ScoreResponse:
-    inputs = wire.inputs_from_message(request.inputs)
-    return wire.scores_to_message(await service.score(request.job_id, inputs, request.min_position))
+    scores = await service.score(
+        request.job_id,
+        wire.inputs_from_message(request.inputs),
+        min_position=request.min_position,
+        min_effective_share=request.min_effective_share if request.HasField("min_effective_share") else None,
+        return_statistics=request.return_statistics,
+    )
+    return wire.scores_to_message(scores)
 
 
 async def meta_update(service: WeightingService, request: pb.MetaUpdateRequest) -> pb.MetaUpdateResponse:
-    if not request.HasField("cotangent"):
-        raise InvalidArgument("cotangent is missing, expected floats of [B]")
-    taught = await service.meta_update(
-        request.job_id,
-        request.step,
-        wire.inputs_from_message(request.inputs),
-        from_message(request.cotangent, "cotangent"),
-        update_id=request.update_id,
-        scored_position=request.scored_position,
-        estimator=wire.estimator_from_message(request.estimator),
-    )
+    taught = await service.meta_update(request.job_id, wire.meta_update_from_message(request))
     return pb.MetaUpdateResponse(
         position=taught.position, duplicate=taught.duplicate, applied_position=taught.applied_position
     )
@@ -85,6 +96,10 @@ UNARY: dict[str, Unary] = {
     "ListWeighters": list_weighters,
     "DeleteWeighter": delete_weighter,
     "ExportWeighter": export_weighter,
+    "PutReference": put_reference,
+    "GetReference": get_reference,
+    "ListReferences": list_references,
+    "DeleteReference": delete_reference,
     "OpenJob": open_job,
     "CloseJob": close_job,
     "Heartbeat": heartbeat,

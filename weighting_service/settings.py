@@ -35,8 +35,12 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     grpc_port: int = Field(50051, ge=0, le=65535, description="port for gRPC; 0 takes a free one")
     rest_port: int = Field(8080, ge=0, le=65535, description="port for REST, health and metrics; 0 takes a free one")
-    state: Path = Field(Path("weighbridge-state"), description="directory of the update log and the snapshots")
-    models: Path | None = Field(None, description="directory of encoder models and tokenizers that specs may name")
+    state: Path = Field(
+        Path("weighbridge-state"), description="directory of the update log, the snapshots and uploaded references"
+    )
+    models: Path | None = Field(
+        None, description="directory of encoder models, tokenizers and references that specs and jobs may name"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one")
     threads: int = Field(0, ge=0, description="CPU threads for torch; 0: torch's own choice")
     snapshot_every: int = Field(200, ge=1, description="updates between two snapshots of a weighter")
@@ -46,7 +50,7 @@ class Settings(BaseSettings):
     max_batch_tokens: int = Field(4_194_304, ge=1, description="most padded tokens a batch")
     max_queued_calls: int = Field(256, ge=1, description="Score calls waiting for the device before refusing more")
     samples_per_pass: int = Field(8192, ge=1, description="most samples that one forward pass takes from several calls")
-    tokens_per_pass: int = Field(65_536, ge=1, description="most padded tokens that one forward pass takes likewise")
+    tokens_per_pass: int = Field(65_536, ge=1, description="most tokens that one forward pass takes likewise")
     max_pending_updates: int = Field(1000, ge=1, description="updates logged but not yet applied before refusing more")
     drain_s: float = Field(10.0, ge=0, le=600, description="seconds that calls under way get at SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what to log")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from google.protobuf import json_format
 
@@ -11,9 +11,14 @@ from weighting_contract.errors import InvalidArgument
 from weighting_contract.spec import WeighterSpec
 from weighting_contract.tensors import from_message, to_message
 from weighting_service.domain import Estimator, LearningStatistics, RawInputs, Role, Scores
-
-if TYPE_CHECKING:
-    from weighting_service.service import JobView, WeighterView
+from weighting_service.views import (
+    JobRequest,
+    JobView,
+    MetaUpdateRequest,
+    ReferenceView,
+    TargetProfile,
+    WeighterView,
+)
 
 ROLES = {pb.ROLE_UNSPECIFIED: Role.LEARN, pb.ROLE_LEARN: Role.LEARN, pb.ROLE_FROZEN: Role.FROZEN}
 ESTIMATORS = {
@@ -23,9 +28,9 @@ ESTIMATORS = {
 }
 
 
-def spec_from_message(message: pb.WeighterSpec) -> WeighterSpec:
-    """The spec; what the message leaves out has its default. Raises InvalidArgument."""
-    return WeighterSpec.from_dict(json_format.MessageToDict(message, preserving_proto_field_name=True))
+def spec_values(message: pb.WeighterSpec) -> dict[str, Any]:
+    """What the message says, as plain values for `WeighterSpec.from_dict`; nothing for what it leaves out."""
+    return dict(json_format.MessageToDict(message, preserving_proto_field_name=True))
 
 
 def spec_to_message(spec: WeighterSpec) -> pb.WeighterSpec:
@@ -54,12 +59,53 @@ def inputs_from_message(message: pb.Inputs) -> RawInputs:
     return RawInputs(**given, texts=tuple(message.texts) or None)
 
 
+def job_request_from_message(message: pb.OpenJobRequest) -> JobRequest:
+    """What a job asks for. Raises InvalidArgument."""
+    return JobRequest(
+        message.weighter,
+        message.job_id,
+        role_from_message(message.role),
+        tuple(message.feature_names),
+        reference=message.reference.name,
+        reference_checksum=message.reference.checksum,
+        tokenizer_checksum=message.reference.tokenizer_checksum,
+        profile=_profile(message.profile) if message.HasField("profile") else None,
+    )
+
+
+def _profile(message: pb.TargetProfile) -> TargetProfile:
+    given = {
+        name: from_message(getattr(message, name), f"profile.{name}")
+        for name in ("log_ratios", "documents", "lengths")
+        if message.HasField(name)
+    }
+    return TargetProfile(**given, documents_checksum=message.documents_checksum)
+
+
+def meta_update_from_message(message: pb.MetaUpdateRequest) -> MetaUpdateRequest:
+    """A batch and its cotangent. Raises InvalidArgument."""
+    if not message.HasField("cotangent"):
+        raise InvalidArgument("cotangent is missing, expected floats of [B]")
+    return MetaUpdateRequest(
+        message.step,
+        inputs_from_message(message.inputs),
+        from_message(message.cotangent, "cotangent"),
+        update_id=message.update_id,
+        scored_position=message.scored_position,
+        estimator=estimator_from_message(message.estimator),
+        probes=from_message(message.probes, "probes") if message.HasField("probes") else None,
+        trust_only=message.trust_only,
+    )
+
+
 def scores_to_message(scores: Scores) -> pb.ScoreResponse:
     return pb.ScoreResponse(
         weights=to_message(scores.weights),
         position=scores.position,
         effective_sample_size=scores.effective_sample_size,
         logits=to_message(scores.logits),
+        statistics=None if scores.statistics is None else to_message(scores.statistics),
+        trust=scores.trust,
     )
 
 
@@ -73,6 +119,7 @@ def weighter_to_message(view: WeighterView) -> pb.Weighter:
         jobs_open=view.jobs_open,
         learning=_learning(view.learning, view.duplicates, view.refused),
         created_unix_ms=view.record.created_unix_ms,
+        initial=view.record.initial,
     )
 
 
@@ -91,6 +138,9 @@ def _learning(learning: LearningStatistics, duplicates: int, refused: int) -> pb
                 updates_applied=job.updates_applied,
                 cotangent_rms=job.cotangent_rms,
                 signal_correlation=job.signal_correlation,
+                trust=job.trust,
+                trust_t=job.trust_t,
+                probed_updates=job.probed_updates,
             )
             for job_id, job in learning.jobs.items()
         },
@@ -108,4 +158,25 @@ def job_to_message(view: JobView) -> pb.Job:
         last_step=view.last_step,
         last_position=view.last_position,
         spec=spec_to_message(view.spec),
+        reference=view.record.reference,
+        reference_checksum=view.record.reference_checksum,
+        documents_checksum=view.record.documents_checksum,
+    )
+
+
+def reference_to_message(view: ReferenceView) -> pb.Reference:
+    info = view.info
+    return pb.Reference(
+        name=view.name,
+        checksum=info.checksum,
+        tokenizer_checksum=info.tokenizer_checksum,
+        vocab_size=info.vocab_size,
+        seq_len=info.seq_len,
+        ngram_buckets=view.ngram_buckets,
+        trained_on=info.trained_on,
+        command=info.command,
+        steps=info.steps,
+        loss=info.loss,
+        loaded=view.loaded,
+        files=dict(view.files),
     )

@@ -6,6 +6,7 @@ to another process. Run as a program, this file appends to a log until it is kil
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import resource
@@ -38,14 +39,22 @@ from weighting_service.update_log.encoding import decode, encode
 UID, OTHER_UID = "a" * 32, "b" * 32
 SPEC = WeighterSpec(features=FeatureSpec(names=("loss", "größe")), head=HeadSpec(temperature=0.1 + 0.2), seed=7)
 WEIGHTER = WeighterRecord("prose", UID, SPEC, created_unix_ms=1_700_000_000_123)
-OTHER = WeighterRecord("code", OTHER_UID, WeighterSpec(features=FeatureSpec(hidden_size=3)), created_unix_ms=5)
+OTHER = WeighterRecord("code", OTHER_UID, WeighterSpec(features=FeatureSpec(hidden_size=3)), 5, initial="pretaught")
 JOB = JobRecord("job-1", UID, Role.LEARN, ("größe", "loss"))
+REFERENCE_JOB = JobRecord(
+    "job-2",
+    UID,
+    Role.FROZEN,
+    reference="pretaught",
+    reference_checksum="1" * 64,
+    documents_checksum="2" * 64,
+)
 
 Opener = Callable[[], UpdateLog]
 
 
 def update_of(step: int, job_id: str = "job-1", samples: int = 4) -> MetaUpdate:
-    """A different update for every (job, step), the same one each time."""
+    """A different update for every (job, step), the same one each time; of every kind in turn."""
     rng = np.random.default_rng([step, *job_id.encode()])
     return MetaUpdate(
         job_id=job_id,
@@ -55,18 +64,41 @@ def update_of(step: int, job_id: str = "job-1", samples: int = 4) -> MetaUpdate:
         cotangent=rng.standard_normal(samples, np.float32),
         scored_position=max(0, step - 1),
         estimator=Estimator.SCORE_FUNCTION if step % 2 else Estimator.VJP,
+        probes=rng.random(samples) < 0.5 if step % 3 == 0 else None,
+        trust_only=step % 6 == 0,
     )
 
 
+def arrays_of(update: MetaUpdate) -> dict[str, np.ndarray]:
+    arrays = {**update.inputs.arrays(), "cotangent": update.cotangent}
+    return arrays if update.probes is None else {**arrays, "probes": update.probes}
+
+
 def assert_same(got: MetaUpdate, expected: MetaUpdate) -> None:
-    arrays, wanted = {**got.inputs.arrays(), "c": got.cotangent}, {**expected.inputs.arrays(), "c": expected.cotangent}
+    arrays, wanted = arrays_of(got), arrays_of(expected)
     assert arrays.keys() == wanted.keys()
     for name, array in wanted.items():
         assert (arrays[name].dtype, arrays[name].shape) == (array.dtype, array.shape)
         assert arrays[name].tobytes() == array.tobytes()
-    scalars = [f.name for f in dataclasses.fields(MetaUpdate) if f.name not in ("inputs", "cotangent")]
+    scalars = [f.name for f in dataclasses.fields(MetaUpdate) if f.name not in ("inputs", "cotangent", "probes")]
     assert [getattr(got, name) for name in scalars] == [getattr(expected, name) for name in scalars]
     assert got.digest() == expected.digest()
+
+
+def profile_of(seed: int, buckets: int = 1024) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(buckets).astype(np.float16)
+
+
+def assert_profile(log: UpdateLog, job_id: str, expected: np.ndarray) -> None:
+    profile = log.profile(job_id)
+    assert profile is not None
+    assert profile.dtype == np.float16
+    np.testing.assert_array_equal(profile, expected)
+
+
+def rows(path: Path, statement: str) -> list[tuple[object, ...]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(statement).fetchall()
 
 
 class UpdateLogContract:
@@ -159,6 +191,58 @@ class UpdateLogContract:
         assert log.job("job-1") == JOB
         assert log.head(OTHER_UID) == 0
 
+    def test_reference_and_documents_of_a_job_are_kept_and_replaced(self, log: UpdateLog, opener: Opener) -> None:
+        log.put_job(REFERENCE_JOB)
+        assert log.jobs(UID) == [JOB, REFERENCE_JOB]
+        other = dataclasses.replace(
+            REFERENCE_JOB, reference="größer", reference_checksum="3" * 64, documents_checksum="4" * 64
+        )
+        log.put_job(other)
+        log.close()
+        with opener() as again:
+            assert again.job("job-2") == other
+            assert again.jobs(UID) == [JOB, other]
+
+    # ---- target profiles
+
+    def test_profile_is_kept_beside_its_job(self, log: UpdateLog, opener: Opener) -> None:
+        log.put_job(REFERENCE_JOB, profile_of(1))
+        log.put_job(dataclasses.replace(REFERENCE_JOB, open=False))  # leaves the profile as it is
+        log.close()
+        with opener() as again:
+            assert_profile(again, "job-2", profile_of(1))
+            assert again.profile("job-1") is None
+            assert again.profile("job-9") is None
+            assert again.job("job-2") == dataclasses.replace(REFERENCE_JOB, open=False)
+
+            again.put_job(JOB, profile_of(2, buckets=64))
+            again.put_job(REFERENCE_JOB, profile_of(3))
+            assert_profile(again, "job-1", profile_of(2, buckets=64))
+            assert_profile(again, "job-2", profile_of(3))
+
+    def test_profile_of_a_refused_job_is_not_kept(self, log: UpdateLog) -> None:
+        log.create_weighter(OTHER)
+        log.put_job(JOB, profile_of(1))
+        with pytest.raises(AlreadyExists, match="job-1"):
+            log.put_job(dataclasses.replace(JOB, weighter_uid=OTHER_UID), profile_of(2))
+        assert_profile(log, "job-1", profile_of(1))
+
+    @pytest.mark.parametrize("wrong", [np.zeros(4, np.float32), np.zeros((2, 2), np.float16)])
+    def test_profile_of_another_form_is_refused(self, wrong: np.ndarray, log: UpdateLog) -> None:
+        with pytest.raises(InvalidArgument, match=r"\[buckets\] float16, got float(32|16) of shape"):
+            log.put_job(REFERENCE_JOB, wrong)
+        assert log.job("job-2") is None
+
+    def test_profiles_go_with_their_weighter(self, log: UpdateLog) -> None:
+        log.create_weighter(OTHER)
+        log.put_job(JOB, profile_of(1))
+        log.put_job(JobRecord("job-2", OTHER_UID, Role.LEARN), profile_of(2))
+        log.delete_weighter(UID)
+        assert log.profile("job-1") is None
+        log.put_job(dataclasses.replace(JOB, weighter_uid=OTHER_UID))
+        assert log.profile("job-1") is None
+        assert_profile(log, "job-2", profile_of(2))
+
     # ---- appending
 
     def test_positions_are_gapless_and_content_is_kept(self, log: UpdateLog, opener: Opener) -> None:
@@ -193,6 +277,19 @@ class UpdateLogContract:
                 call(UID, other)
         assert log.head(UID) == 1
         assert_same(log.read(UID, 0, 2)[0][1], update_of(1))
+
+    def test_probes_and_trust_are_content_too(self, log: UpdateLog) -> None:
+        update = dataclasses.replace(update_of(1), probes=np.array([True, False, True, False]))
+        log.append(UID, update)
+        assert log.append(UID, update).duplicate
+        for other in (
+            dataclasses.replace(update, probes=None),
+            dataclasses.replace(update, probes=~update.drawn_evenly),
+            dataclasses.replace(update, trust_only=True),
+        ):
+            with pytest.raises(AlreadyExists, match="position 1"):
+                log.append(UID, other)
+        assert_same(log.read(UID, 0, 1)[0][1], update)
 
     def test_find_knows_what_was_not_taken(self, log: UpdateLog) -> None:
         assert log.find(UID, update_of(1)) is None
@@ -499,6 +596,27 @@ class TestSqliteFile:
             db.execute("PRAGMA max_page_count = 1000000")
             assert log.append(UID, update_of(21, samples=5000)).position == 21
 
+    def test_damaged_profile_is_found_and_its_job_still_listed(self, path: Path) -> None:
+        with SqliteUpdateLog(path) as log:
+            log.put_job(REFERENCE_JOB, profile_of(1))
+        content = bytearray(path.read_bytes())
+        at = content.find(profile_of(1)[:8].tobytes())
+        assert at > 0
+        content[at] ^= 1
+        path.write_bytes(content)
+        with SqliteUpdateLog(path) as log:
+            assert log.jobs(UID) == [JOB, REFERENCE_JOB]
+            with pytest.raises(Internal, match=r"profile of job 'job-2' in .*log\.sqlite is damaged"):
+                log.profile("job-2")
+            log.put_job(REFERENCE_JOB, profile_of(1))
+            assert_profile(log, "job-2", profile_of(1))
+
+    def test_deleted_weighter_frees_the_space_of_its_profiles(self, path: Path) -> None:
+        with SqliteUpdateLog(path) as log:
+            log.put_job(REFERENCE_JOB, profile_of(1))
+            log.delete_weighter(UID)
+        assert rows(path, "SELECT count(*) FROM profiles") == [(0,)]
+
     def test_commits_are_synced(self, path: Path) -> None:
         """No test can cut the power; this one guards the two settings that the durability of an append rests on."""
         with SqliteUpdateLog(path) as log:
@@ -520,6 +638,13 @@ class TestSqliteFile:
 
 
 class TestEncoding:
+    @pytest.mark.parametrize("probes", [[True] * 4, [False] * 4, [True, False, False, True]])
+    def test_probes_round_trip_as_they_are(self, probes: list[bool]) -> None:
+        update = dataclasses.replace(update_of(1), probes=np.array(probes), trust_only=True)
+        got = decode(encode(update))
+        assert_same(got, update)
+        assert got.drawn_evenly.tolist() == probes
+
     @pytest.mark.parametrize("estimator", list(Estimator))
     def test_all_inputs_round_trip_bit_for_bit(self, estimator: Estimator) -> None:
         special = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 3.4e38, 1 / 3], np.float32)

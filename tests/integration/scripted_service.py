@@ -40,17 +40,23 @@ def abort(code: grpc.StatusCode, message: str, **metadata: str) -> Fault:
 
 
 class ScriptedService(WeightingServiceServicer):
-    """Weights are the first feature column, scaled to mean 1. Faults run before the method's own work, or after it."""
+    """Weights are the first column of features or tokens, scaled to mean 1; statistics are that column and its double.
+
+    Faults run before the method's own work, or after it.
+    """
 
     def __init__(self) -> None:
         self.before: dict[str, Fault] = {}
         self.after: dict[str, Fault] = {}
         self.calls: Counter[str] = Counter()
         self.requests: dict[str, list[Any]] = {}
+        self.order: list[tuple[str, int]] = []  # (method, step) of scores and updates as they were answered
         self.weighters: set[str] = {"default"}
         self.jobs: set[str] = set()
         self.log: dict[tuple[str, str], int] = {}  # (job, update id) -> position
         self.answer_score: Callable[[np.ndarray], np.ndarray] = lambda w: w
+        self.answer_statistics: Callable[[np.ndarray], np.ndarray] = lambda s: s
+        self.taught: dict[str, tuple[int, int]] = {}  # job -> last step and position, as OpenJob says
         self.released = threading.Event()
         self._lock = threading.Lock()
 
@@ -72,7 +78,15 @@ class ScriptedService(WeightingServiceServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, f"there is no weighter {request.weighter!r}")
         resumed = request.job_id in self.jobs
         self.jobs.add(request.job_id)
-        return pb.Job(job_id=request.job_id, weighter=request.weighter, resumed=resumed, position=len(self.log))
+        last_step, last_position = self.taught.get(request.job_id, (-1, 0))
+        return pb.Job(
+            job_id=request.job_id,
+            weighter=request.weighter,
+            resumed=resumed,
+            position=len(self.log),
+            last_step=last_step,
+            last_position=last_position,
+        )
 
     def CloseJob(self, request: Any, context: grpc.ServicerContext) -> pb.Job:
         self._enter("CloseJob", request, context)
@@ -86,10 +100,18 @@ class ScriptedService(WeightingServiceServicer):
     def Score(self, request: Any, context: grpc.ServicerContext) -> pb.ScoreResponse:
         self._enter("Score", request, context)
         self._check_job(request, context)
-        column = from_message(request.inputs.features, "features")[:, 0].astype(np.float32)
+        name = "features" if request.inputs.HasField("features") else "tokens"
+        column = from_message(getattr(request.inputs, name), name)[:, 0].astype(np.float32)
         weights = self.answer_score(column / column.mean())
+        statistics = np.stack([column, 2 * column], 1)
+        self.order.append(("Score", request.step))
         return pb.ScoreResponse(
-            weights=to_message(weights), logits=to_message(weights), position=len(self.log), effective_sample_size=1.5
+            weights=to_message(weights),
+            logits=to_message(weights),
+            position=len(self.log),
+            effective_sample_size=1.5,
+            statistics=to_message(self.answer_statistics(statistics)) if request.return_statistics else None,
+            trust=0.75,
         )
 
     def MetaUpdate(self, request: Any, context: grpc.ServicerContext) -> pb.MetaUpdateResponse:
@@ -99,6 +121,7 @@ class ScriptedService(WeightingServiceServicer):
             key = (request.job_id, request.update_id)
             duplicate = key in self.log
             position = self.log.setdefault(key, len(self.log) + 1)
+            self.order.append(("MetaUpdate", request.step))
         self._run(self.after, "MetaUpdate", request, context)
         return pb.MetaUpdateResponse(position=position, duplicate=duplicate, applied_position=position)
 

@@ -114,6 +114,43 @@ def test_torch_in_torch_out(server: ScriptedServer) -> None:
         assert (refused.fallback, refused.weights.device.type) == (True, "meta")
 
 
+def test_statistics_and_trust_come_back_when_asked(server: ScriptedServer) -> None:
+    torch = pytest.importorskip("torch")
+    tokens = torch.tensor([[1, 5], [3, 6]])
+    client, job = open_job(server.url)
+    with client, job:
+        scores = job.score(tokens=tokens, step=0, return_statistics=True, min_effective_share=0.5)
+        assert (scores.weights.tolist(), scores.trust) == (WEIGHTS, 0.75)
+        assert scores.statistics.dtype is torch.float32
+        assert scores.statistics.tolist() == [[1, 2], [3, 6]]
+        assert job.score(FEATURES, 1).statistics is None
+        server.service.before["Score"] = abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
+        failed = job.score(tokens=tokens, step=2, return_statistics=True)
+        assert (failed.fallback, failed.statistics, failed.trust) == (True, None, 0)
+    asked = server.service.requests["Score"]
+    assert [(r.return_statistics, r.min_effective_share, r.HasField("min_effective_share")) for r in asked] == [
+        (True, 0.5, True),
+        (False, 0.0, False),
+        (True, 0.0, False),
+    ]
+
+
+def test_the_last_step_is_what_the_service_knows(server: ScriptedServer) -> None:
+    server.service.log = {("run", str(step)): step + 1 for step in range(8)}
+    server.service.taught["run"] = (7, 8)
+    client, job = open_job(server.url, job_id="run")
+    with client, job:
+        assert (job.last_step, job.last_position) == (7, 8)
+        job.load_state_dict({"job_id": "run", "last_step": 4, "last_position": 5})
+        assert (job.last_step, job.last_position) == (7, 8), "updates that were taken before a crash are not lost"
+        server.service.log, server.service.taught = {("run", "0"): 1}, {"run": (0, 1)}
+        job.load_state_dict(job.state_dict())
+        assert (job.last_step, job.last_position) == (0, 1), "the weighter is one that was taught less"
+    client, fresh = open_job(server.url)
+    with client, fresh:
+        assert (fresh.last_step, fresh.last_position) == (-1, 0)
+
+
 def test_watching_ends_with_the_client(server: ScriptedServer) -> None:
     client = connect(server.url)
     watching = client.watch_weighter("default")
@@ -408,6 +445,27 @@ def test_a_frozen_job_sends_no_updates(server: ScriptedServer) -> None:
         assert job.score(FEATURES, 0).weights.tolist() == WEIGHTS
     assert server.service.calls["MetaUpdate"] == 0
     assert job.counters.updates_refused == 1
+
+
+def test_a_frozen_job_sends_probes_for_its_trust(server: ScriptedServer) -> None:
+    client, job = open_job(server.url, role="frozen")
+    with client, job:
+        job.meta_update(COTANGENT, FEATURES, 0, probes=[True, False])
+        job.meta_update(COTANGENT, FEATURES, 1, probes=[True])
+        assert job.flush()
+    (update,) = server.service.requests["MetaUpdate"]
+    assert (update.trust_only, update.probes.dtype, update.probes.data) == (True, "uint8", b"\x01\x00")
+    assert (job.counters.updates_acknowledged, job.counters.updates_refused) == (1, 1)
+
+
+def test_probes_of_a_learning_job_teach_too(server: ScriptedServer) -> None:
+    client, job = open_job(server.url)
+    with client, job:
+        job.meta_update(COTANGENT, FEATURES, 0, probes=np.array([False, True]))
+        job.meta_update(COTANGENT, FEATURES, 1)
+        assert job.flush()
+    first, second = server.service.requests["MetaUpdate"]
+    assert (first.trust_only, first.probes.data, second.HasField("probes")) == (False, b"\x00\x01", False)
 
 
 def test_heartbeats_tell_of_fallback_steps(server: ScriptedServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import signal
@@ -27,6 +28,9 @@ from weighting_contract.errors import (
 )
 
 torch = pytest.importorskip("torch")
+from weighting_contract.ngrams import count_ngrams, log_ratios  # noqa: E402
+from weighting_contract.profile import Profile, documents_checksum  # noqa: E402
+from weighting_contract.reference import FILES  # noqa: E402
 
 SPEC = {"features": {"names": ["loss", "length", "easy"]}, "head": {"width": 8, "attention_heads": 2}}
 TOKENS = {
@@ -195,6 +199,74 @@ def test_tokens_and_texts_give_the_same_weights(client: Client) -> None:
         job.meta_update([0.1, -0.1, 0.0], step=0, tokens=tokens, lengths=[len(row) for row in rows])
         assert job.flush()
         assert job.counters.updates_acknowledged == 1
+
+
+def test_references_are_listed_read_and_uploaded(client: Client) -> None:
+    packaged = client.get_reference("pretaught", ["tokenizer.json"])
+    assert (list(packaged.files), packaged.seq_len, packaged.vocab_size) == (["tokenizer.json"], 64, 1024)
+    assert hashlib.sha256(packaged.files["tokenizer.json"]).hexdigest() == packaged.tokenizer_checksum
+    files = dict(client.get_reference("pretaught", FILES).files)
+    with pytest.raises(InvalidArgument, match=r"model\.safetensors is truncated"):
+        client.put_reference("mine", files | {"model.safetensors": files["model.safetensors"][:-1]})
+    assert client.put_reference("mine", files).checksum == packaged.checksum
+    assert client.put_reference("mine", files).name == "mine"
+    with pytest.raises(AlreadyExists):
+        client.put_reference("mine", files, exist_ok=False)
+    assert {"mine", "pretaught"} <= {reference.name for reference in client.list_references()}
+    client.delete_reference("mine")
+    with pytest.raises(NotFound, match="mine"):
+        client.get_reference("mine")
+
+
+def test_tokens_are_scored_by_a_reference_and_taught_by_their_statistics(client: Client, url: str) -> None:
+    name = f"by-reference-{url.partition(':')[0]}"
+    reference = client.get_reference("pretaught")
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 50, 40) for _ in range(5)]
+    tokens, lengths = rng.integers(0, 1000, (6, 20)), [20, 18, 20, 9, 20, 2]
+    given = {
+        "initial": "pretaught",
+        "reference": "pretaught",
+        "reference_checksum": reference.checksum,
+        "tokenizer_checksum": reference.tokenizer_checksum,
+    }
+    with client.open_job(weighter=name, profile=documents, **given) as job:
+        scores = job.score(tokens=tokens, lengths=lengths, return_statistics=True, min_effective_share=0.1)
+        names = client.get_weighter(name).spec.features.names
+        assert scores.statistics.shape == (6, len(names))
+        assert job.score(tokens=tokens, lengths=lengths).statistics is None
+        probes = [True, True, False, False, False, False]
+        for step in (3, 4):
+            job.meta_update(COTANGENT, scores.statistics, step, estimator="score_function", probes=probes)
+        assert job.flush()
+        assert (job.counters.updates_acknowledged, job.last_step) == (2, 4)
+        job_id = job.job_id
+    learned = wait_for(lambda: (view := client.get_weighter(name)).applied_position == 2 and view)
+    assert learned.initial == "pretaught"
+    assert learned.learning.jobs[job_id].probed_updates >= 1, "a first update whose logits are all equal says nothing"
+    ngrams = count_ngrams([np.asarray(documents[0])], reference.ngram_buckets)
+    with pytest.raises(FailedPrecondition, match="profile of the documents"):
+        client.open_job(job_id, weighter=name, profile=documents[:1], **given)
+    with client.open_job(job_id, weighter=name, role="learn", profile=documents, **given) as resumed:
+        assert resumed.last_step == 4
+    wrong = Profile(log_ratios(ngrams, ngrams)[:1024], documents_checksum(documents[:1]))
+    with pytest.raises(InvalidArgument, match="1024"):
+        client.open_job(weighter=name, profile=wrong, **given)
+    finished = Profile(log_ratios(ngrams, np.ones_like(ngrams)), documents_checksum(documents[:1]))
+    with client.open_job(weighter=name, profile=finished, role="frozen", **given) as frozen:
+        own = frozen.score(tokens=tokens, lengths=lengths, return_statistics=True)
+        column = list(names).index("ngram_log_ratio")
+        assert not np.allclose(own.statistics[:, column], scores.statistics[:, column]), "a profile is the job's own"
+        frozen.meta_update(COTANGENT, own.statistics, 0, probes=probes)
+        assert frozen.flush()
+        assert frozen.counters.updates_acknowledged == 1
+    for field in ("reference_checksum", "tokenizer_checksum"):
+        with pytest.raises(FailedPrecondition, match="checksum"):
+            client.open_job(weighter=name, profile=documents, **(given | {field: "0" * 64}))
+    with pytest.raises(InvalidArgument, match="profile"):
+        client.open_job(weighter=name, **given)
+    with pytest.raises(NotFound, match="nobody"):
+        client.open_job(weighter=name, profile=documents, **(given | {"reference": "nobody"}))
 
 
 def test_mistakes_keep_their_kind_and_sentence(client: Client, name: str) -> None:

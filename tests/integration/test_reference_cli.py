@@ -17,11 +17,11 @@ import torch
 
 from trainer_client.reference.__main__ import main
 from trainer_client.reference.config import PROGRAM, ReferenceConfig, parse
-from trainer_client.reference.train import load_pool, target_profile
+from trainer_client.reference.train import load_pool
 from trainer_client.run.data import load_documents, make_samples, unigram_counts
 from trainer_client.run.models import SIZES, build_model, count_parameters
 from trainer_client.run.tokenizer import load_tokenizer
-from weighting_contract.ngrams import BUCKETS, count_ngrams, log_ratios, ngram_log_ratio, profile_table
+from weighting_contract.ngrams import BUCKETS, count_ngrams
 from weighting_contract.reference import FILES, check_reference, read_counts, reference_files
 from weighting_contract.statistics import RAW_NAMES, standardise
 from weighting_service.reference import load_reference
@@ -143,18 +143,6 @@ def test_validation_documents_are_kept_out_of_the_pool(pool: Path, tmp_path: Pat
     (tmp_path / "both.jsonl").write_text(pool.read_text() + val.read_text())
     config = ReferenceConfig(data=(str(tmp_path / "both.jsonl"),), val=(str(val),))
     assert [d.text for d in load_pool(config)] == [d.text for d in load_documents(str(pool))]
-
-
-def test_a_target_profile_tells_the_target_from_the_rest(made: Path, pool: Path) -> None:
-    hosted = load_reference(made)
-    validation = hosted.tokenize([d.text for d in load_documents(str(pool.with_name("val.jsonl")))])
-    profile = target_profile(made, validation)
-    np.testing.assert_array_equal(profile, log_ratios(count_ngrams(validation), hosted.ngram_counts))
-    documents = load_documents(str(pool))
-    tokens = torch.tensor([ids[:100] for ids in hosted.tokenize([d.text for d in documents])])
-    ratio = ngram_log_ratio(tokens, torch.ones_like(tokens, dtype=torch.bool), profile_table(profile))
-    target = torch.tensor([document.source == "prose" for document in documents])
-    assert ratio[target].min() > 0 > ratio[~target].max()
 
 
 # ---- Mistakes -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,13 @@ def test_batches_of_rows_texts_and_token_ids_are_scored_without_a_job(rest: http
     created(rest, "text", TEXT_SPEC)
     batch = rows(5).tolist()
     scores = rest.post("/v1/weighters/w/score", json={"inputs": {"features": batch}}).json()
-    assert scores == {"weights": [1.0] * 5, "logits": [0.0] * 5, "position": 0, "effective_sample_size": 5.0}
+    assert scores == {
+        "weights": [1.0] * 5,
+        "logits": [0.0] * 5,
+        "position": 0,
+        "effective_sample_size": 5.0,
+        "trust": 1.0,
+    }
     for inputs in ({"texts": ["one", "two words"]}, {"tokens": [[1, 2, 3], [4]]}):
         response = rest.post("/v1/weighters/text/score", json={"inputs": inputs})
         assert response.json()["weights"] == [1.0, 1.0], response.text
@@ -78,6 +84,7 @@ def test_documentation(rest: httpx.Client) -> None:
     assert "Weighbridge" in rest.get("/docs").text
     paths = rest.get("/openapi.json").json()["paths"]
     assert {"/v1/weighters/{name}/score", "/v1/jobs/{job_id}/meta-updates", "/readyz", "/metrics"} <= set(paths)
+    assert {"/v1/score", "/v1/references", "/v1/references/{name}"} <= set(paths)
 
 
 SCORE = "/v1/weighters/w/score"

@@ -19,11 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainer_client import connect
+from trainer_client.profile import main as make_profile_file
 from trainer_client.run.__main__ import main
 from trainer_client.run.metrics import read_metrics
-from trainer_client.run.recorder import read_records
+from trainer_client.run.recorder import Record, read_records
+from trainer_client.run.tokenizer import load_tokenizer, train_tokenizer
+from weighting_contract.reference import check_reference, reference_files
+from weighting_contract.spec import FeatureSpec, WeighterSpec
 
-BATCH, STEPS = 8, 24
+BATCH, CANDIDATES, STEPS = 8, 3, 24
 WORDS = {
     "prose": "the weights of a batch say how much each sample counts when the loss of the model is taken".split(),
     "tables": [str(n) for n in range(100, 140)],
@@ -35,6 +40,14 @@ def _same_threads_after() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of tokenizers and references, also of the processes that are started here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -52,14 +65,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     files = {"--data": "train.jsonl", "--val": "val.jsonl", "--test": "test.jsonl"}
     flags = [item for flag, name in files.items() for item in (flag, str(folder / name))]
     small = f"--vocab-size 300 --seq-len 16 --batch-size {BATCH} --steps {STEPS} --meta-batch 4 --val-batch 4"
-    return [*flags, *small.split(), *"--warmup-steps 2 --eval-every 6 --checkpoint-every 7 --threads 1".split()]
+    select = f"--candidates {CANDIDATES} --probes 2"
+    rest = "--warmup-steps 2 --eval-every 6 --checkpoint-every 7 --threads 1"
+    return [*flags, *small.split(), *select.split(), *rest.split()]
 
 
 @pytest.fixture(scope="session")
 def finished(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished, uninterrupted job: dwm compared with uniform."""
+    """A finished, uninterrupted job: selection and weighting at once, compared with the plainer ways."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    assert main([*data, "--compare", "uniform", "--out", str(out)]) == 0
+    compare = ["--compare", "uniform", "dsir", "weight", "weight-scratch"]
+    assert main([*data, "--mode", "both", *compare, "--out", str(out)]) == 0
     return out
 
 
@@ -67,71 +83,137 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def _final(out: Path, method: str = "dwm") -> dict[str, torch.Tensor]:
-    return load_file(out / method / "checkpoints" / f"checkpoint-{STEPS:08d}.safetensors")
+def _final(out: Path, label: str) -> dict[str, torch.Tensor]:
+    return load_file(out / label / "checkpoints" / f"checkpoint-{STEPS:08d}.safetensors")
 
 
-def _assert_same_run(a: Path, b: Path) -> None:
-    """Parameters, optimiser, weights and metrics of two runs are the same, bit by bit; only times differ."""
-    first, second = _final(a), _final(b)
+def _selected(out: Path, label: str) -> list[Record]:
+    return read_records(out / label / "selection.record", BATCH, CANDIDATES * BATCH)
+
+
+def _weighed(out: Path, label: str) -> list[Record]:
+    return read_records(out / label / "weights.record", BATCH, BATCH)
+
+
+def _assert_same_run(a: Path, b: Path, label: str = "both") -> None:
+    """Parameters, optimiser, samples, weights and metrics of two runs are the same, bit by bit; only times differ."""
+    first, second = _final(a, label), _final(b, label)
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
-    for x, y in zip(*(read_records(out / "dwm" / "weights.record", BATCH) for out in (a, b)), strict=True):
-        assert (x.step, x.position, x.fallback) == (y.step, y.position, y.fallback)
-        np.testing.assert_array_equal(x.weights, y.weights)
-    lines = [[{**line, "seconds": 0} for line in read_metrics(out / "dwm" / "metrics.jsonl")] for out in (a, b)]
+    for records in (_selected, _weighed):
+        for x, y in zip(*(records(out, label) for out in (a, b)), strict=True):
+            x, y = vars(x).copy(), vars(y).copy()
+            for name in ("weights", "kept"):
+                np.testing.assert_array_equal(x.pop(name), y.pop(name))
+            assert x == y
+    lines = [[{**line, "seconds": 0} for line in read_metrics(out / label / "metrics.jsonl")] for out in (a, b)]
     assert lines[0] == lines[1]
+
+
+def _weighter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "weighter-export" / "model.safetensors")
 
 
 # ---- What a job leaves ----------------------------------------------------------------------------------------------
 
 
-def test_summary_has_both_runs(finished):
+def test_the_summary_has_all_runs(finished):
     summary = _read(finished / "summary.json")
-    uniform = summary["compare"]["uniform"]
-    assert (summary["method"], uniform["method"]) == ("dwm", "uniform")
-    for run in (summary, uniform):
+    runs = {"both": summary, **summary["compare"]}
+    assert {label: (run["label"], run["method"], run["mode"]) for label, run in runs.items()} == {
+        "both": ("both", "dwm", "both"),
+        "uniform": ("uniform", "uniform", ""),
+        "dsir": ("dsir", "dsir", ""),
+        "weight": ("weight", "dwm", "weight"),
+        "weight-scratch": ("weight-scratch", "dwm", "weight"),
+    }
+    for run in runs.values():
         assert (run["seed"], run["steps"], run["tokens_seen"]) == (0, STEPS, STEPS * BATCH * 16)
         assert np.isfinite([run["val_loss"], run["test_loss"]]).all()
         assert run["wall_seconds"] > run["train_seconds"] > run["score_seconds"] + run["meta_seconds"]
         assert run["fallback_steps"] == 0
-    assert set(summary["weights_by_source"]) == set(WORDS)
-    assert uniform["weights_by_source"] == dict.fromkeys(WORDS, 1.0)
-    assert uniform["weighter"] is None
-    assert summary["weighter"]["name"] == "default"
-    assert summary["meta_updates"] == STEPS // 4
-    assert summary["weighter"]["version"] == summary["weighter"]["applied_updates"] == STEPS // 4
+        assert set(run["shares_by_source"]) == set(WORDS)
+        assert sum(run["shares_by_source"].values()) == pytest.approx(1)
+    assert runs["uniform"]["weights_by_source"] == dict.fromkeys(WORDS, 1.0)
+    assert runs["dsir"]["shares_by_source"] == {"prose": 1.0, "tables": 0.0}
+    assert {label: run["candidates"] for label, run in runs.items() if run["candidates"] > 1} == {"both": 3, "dsir": 3}
     assert "steps_to_uniform_loss" in summary
 
 
+def test_each_run_has_a_weighter_of_its_own(finished):
+    summary = _read(finished / "summary.json")
+    runs = {"both": summary, **summary["compare"]}
+    names = {label: run["weighter"]["name"] for label, run in runs.items() if run["weighter"]}
+    assert names == {"both": "default", "weight": "default-weight", "weight-scratch": "default-weight-scratch"}
+    assert summary["weighter"]["inner"]["name"] == "default-inner"
+    for run in (runs["both"], runs["both"]["weighter"]["inner"], runs["weight"], runs["weight-scratch"]):
+        weighter = run.get("weighter", run)
+        assert weighter["version"] == weighter["applied_updates"] == STEPS // 4
+    assert {label: run["meta_updates"] for label, run in runs.items() if run["meta_updates"]} == dict.fromkeys(
+        names, STEPS // 4
+    )
+
+
+def test_the_summary_counts_compute_and_names_the_reference(finished):
+    summary = _read(finished / "summary.json")
+    uniform, compute = summary["compare"]["uniform"]["compute"], summary["compute"]
+    assert uniform["relative"] == 1
+    assert compute["training_flops"] == uniform["training_flops"]
+    parameters = summary["reference"]["parameters"]
+    assert compute["scoring_flops"] == 2 * parameters * STEPS * CANDIDATES * BATCH * 16
+    spent = sum(compute[f"{name}_flops"] for name in ("training", "teaching", "scoring"))
+    assert compute["relative"] == pytest.approx(spent / compute["training_flops"])
+    info = check_reference(reference_files(finished / "reference"), "here")
+    assert summary["reference"]["checksum"] == info.checksum
+    assert summary["reference"]["name"] == f"run-{info.checksum[:16]}"
+    assert info.tokenizer_checksum == load_tokenizer(finished / "tokenizer.json").checksum
+
+
 def test_metrics_have_one_line_a_step_and_weights_of_mean_1(finished):
-    lines = read_metrics(finished / "dwm" / "metrics.jsonl")
+    lines = read_metrics(finished / "weight-scratch" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "test_loss" in line] == [6, 12, 18, 24]
     assert all(a["seconds"] < b["seconds"] for a, b in pairwise(lines))
-    for record, line in zip(read_records(finished / "dwm" / "weights.record", BATCH), lines, strict=True):
+    for record, line in zip(_weighed(finished, "weight-scratch"), lines, strict=True):
         assert record.weights.mean() == pytest.approx(1, abs=1e-5)
         assert line["effective_sample_size"] == pytest.approx(BATCH**2 / (record.weights**2).sum(), rel=1e-4)
 
 
-def test_each_score_sees_the_updates_before_it(finished):
-    positions = [line["position"] for line in read_metrics(finished / "dwm" / "metrics.jsonl")]
-    assert positions == [(step + 3) // 4 for step in range(STEPS)]
+def test_metrics_of_selection_say_what_was_kept_and_how_stale_its_scores_were(finished):
+    lines = read_metrics(finished / "both" / "metrics.jsonl")
+    records = _selected(finished, "both")
+    for line, record in zip(lines, records, strict=True):
+        assert sorted(set(record.kept)) == sorted(record.kept)  # without repeats
+        assert record.kept.max() < CANDIDATES * BATCH
+        assert sum(line["kept_share"].values()) == pytest.approx(1)
+        assert (line["selected"], line["position"], line["trust"]) == (1, record.position, record.trust)
+        assert record.probes == 2
+    # Scored two steps ahead: the two steps after an update were scored before it.
+    assert [record.position for record in records] == [(max(0, step - 2) + 3) // 4 for step in range(STEPS)]
+    assert [line["staleness"] for line in lines] == [int(step % 4 in (1, 2)) for step in range(STEPS)]
 
 
-def test_both_runs_begin_with_the_same_model_and_batch(finished):
-    first, second = (read_metrics(finished / method / "metrics.jsonl")[0] for method in ("dwm", "uniform"))
-    assert first["loss"] == second["loss"]
-    assert second["weighted_loss"] == second["loss"]
+def test_each_score_of_the_trainer_s_losses_sees_the_updates_before_it(finished):
+    for label, name in (("weight", "position"), ("weight-scratch", "position"), ("both", "inner_position")):
+        positions = [line[name] for line in read_metrics(finished / label / "metrics.jsonl")]
+        assert positions == [(step + 3) // 4 for step in range(STEPS)], label
+
+
+def test_all_runs_begin_with_the_same_model_and_those_as_drawn_with_the_same_batch(finished):
+    first = {label: read_metrics(finished / label / "metrics.jsonl")[0] for label in ("weight", "uniform", "dsir")}
+    assert first["weight"]["loss"] == first["uniform"]["loss"]
+    assert first["uniform"]["weighted_loss"] == first["uniform"]["loss"]
+    assert first["dsir"]["kept_share"] == {"prose": 1.0, "tables": 0.0}
 
 
 def test_files_are_there(finished):
     assert (finished / "weights.png").read_bytes().startswith(b"\x89PNG")
     assert any((finished / "weighter-export").glob("*.safetensors"))
-    for method in ("dwm", "uniform"):
-        assert any((finished / method / "tensorboard").glob("events.*"))
-        assert not list((finished / method).rglob("*.partial"))
+    assert any((finished / "weighter-export" / "inner").glob("*.safetensors"))
+    for label in ("both", "uniform", "dsir", "weight", "weight-scratch"):
+        assert any((finished / label / "tensorboard").glob("events.*"))
+        assert not list((finished / label).rglob("*.partial"))
 
 
 def test_the_table_names_results_and_files(data, tmp_path, capsys):
@@ -139,6 +221,7 @@ def test_the_table_names_results_and_files(data, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "test loss" in shown
     assert str(tmp_path / "out" / "summary.json") in shown.replace("\n", "")
+    assert not (tmp_path / "out" / "reference").exists()  # nobody needed one
 
 
 # ---- Resuming -------------------------------------------------------------------------------------------------------
@@ -164,8 +247,8 @@ def _lines(path: Path) -> int:
 
 def test_a_killed_run_resumes_bit_by_bit(data, finished, tmp_path):
     out = tmp_path / "out"
-    process = _start([*data, "--out", str(out)])
-    _when(lambda: _lines(out / "dwm" / "metrics.jsonl") >= 11, process)  # some steps behind a checkpoint
+    process = _start([*data, "--mode", "both", "--out", str(out)])
+    _when(lambda: _lines(out / "both" / "metrics.jsonl") >= 11, process)  # some steps behind a checkpoint
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -173,30 +256,46 @@ def test_a_killed_run_resumes_bit_by_bit(data, finished, tmp_path):
     assert main(["--resume", "--out", str(out)]) == 0
     _assert_same_run(out, finished)
     weighter = _read(out / "summary.json")["weighter"]
-    assert weighter["applied_updates"] == STEPS // 4  # replayed meta-updates were duplicates
+    assert weighter["applied_updates"] == weighter["inner"]["applied_updates"] == STEPS // 4
+    assert all(torch.equal(tensor, _weighter(finished)[name]) for name, tensor in _weighter(out).items())
 
 
-def test_without_a_checkpoint_the_record_alone_makes_a_resume_exact(finished, tmp_path):
+def test_the_records_alone_make_a_resume_exact(finished, tmp_path):
+    out = _without_checkpoints(finished, tmp_path)
+    assert main(["--resume", "--out", str(out)]) == 0
+    _assert_same_run(out, finished)
+    client = _read(out / "summary.json")["weighter"]["client"]
+    assert client["selected"] == client["updates_sent"] == 0  # nothing was scored, and all was taught before
+
+
+def test_updates_that_got_lost_are_taught_again_from_the_records(finished, tmp_path):
+    out = _without_checkpoints(finished, tmp_path)
+    shutil.rmtree(out / "weighters")  # the service has lost everything
+    assert main(["--resume", "--out", str(out)]) == 0
+    _assert_same_run(out, finished)
+    assert _read(out / "summary.json")["weighter"]["applied_updates"] == STEPS // 4
+    assert all(torch.equal(tensor, _weighter(finished)[name]) for name, tensor in _weighter(out).items())
+
+
+def _without_checkpoints(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished job that has its main run's records, and has to go through all of it again."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    shutil.rmtree(out / "dwm" / "checkpoints")
-    (out / "dwm" / "summary.json").unlink()
-    assert main(["--resume", "--out", str(out)]) == 0
-    first, second = _final(out), _final(finished)
-    assert all(torch.equal(first[name], second[name]) for name in second)
-    assert _read(out / "summary.json")["weighter"]["client"]["updates_duplicate"] == STEPS // 4
+    shutil.rmtree(out / "both" / "checkpoints")
+    (out / "both" / "summary.json").unlink()
+    return out
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data, finished, tmp_path):
     out = tmp_path / "out"
-    process = _start([*data, "--out", str(out)])
-    _when(lambda: _lines(out / "dwm" / "metrics.jsonl") >= 4, process)
+    process = _start([*data, "--mode", "both", "--out", str(out)])
+    _when(lambda: _lines(out / "both" / "metrics.jsonl") >= 4, process)
     process.send_signal(signal.SIGINT)
     shown, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "")
     assert f"--resume --out {out}" in shown
-    done = _lines(out / "dwm" / "metrics.jsonl")
-    assert (out / "dwm" / "checkpoints" / f"checkpoint-{done:08d}.safetensors").exists()
+    done = _lines(out / "both" / "metrics.jsonl")
+    assert (out / "both" / "checkpoints" / f"checkpoint-{done:08d}.safetensors").exists()
     assert main(["--resume", "--out", str(out)]) == 0
     _assert_same_run(out, finished)
 
@@ -212,22 +311,37 @@ def test_resuming_a_finished_job_changes_nothing(finished):
 
 def test_staged_weights_come_from_one_version_a_stage(data, tmp_path):
     out = tmp_path / "out"
-    staged = "--schedule staged --stages 3 --stage-updates 5".split()
+    staged = "--mode weight --schedule staged --stages 3 --stage-updates 5".split()
     assert main([*data, *staged, "--out", str(out)]) == 0
-    positions = [line["position"] for line in read_metrics(out / "dwm" / "metrics.jsonl")]
+    positions = [line["position"] for line in read_metrics(out / "weight" / "metrics.jsonl")]
     assert positions == [0] * 8 + [5] * 8 + [10] * 8
 
 
 def test_a_degenerate_cotangent_is_counted_and_never_stops_training(data, tmp_path, caplog):
     (tmp_path / "same.jsonl").write_text(json.dumps({"text": " a" * 4000}) + "\n")  # all samples are equal
     out = tmp_path / "out"
-    assert main([*data, "--data", str(tmp_path / "same.jsonl"), "--out", str(out)]) == 0
+    assert main([*data, "--data", str(tmp_path / "same.jsonl"), "--mode", "weight", "--out", str(out)]) == 0
     summary = _read(out / "summary.json")
     assert (summary["meta_updates"], summary["meta_updates_skipped"]) == (0, STEPS // 4)
     assert caplog.text.count("no meta-update") == 1
 
 
-def test_without_a_service_the_run_is_uniform(data, tmp_path, finished):
+def test_a_frozen_job_earns_its_trust_and_teaches_nothing(data, finished, tmp_path):
+    out = tmp_path / "out"
+    assert main([*data, "--role", "frozen", "--out", str(out)]) == 0
+    summary = _read(out / "summary.json")
+    assert summary["role"] == "frozen"
+    assert summary["weighter"]["client"]["updates_acknowledged"] == STEPS // 4
+    untaught = tmp_path / "untaught"
+    with connect("embedded") as client:
+        client.create_weighter("fresh", initial="pretaught")
+        client.export_weighter("fresh", untaught)
+    pretaught = load_file(untaught / "model.safetensors")
+    assert all(torch.equal(tensor, pretaught[name]) for name, tensor in _weighter(out).items())
+    assert not all(torch.equal(tensor, pretaught[name]) for name, tensor in _weighter(finished).items())
+
+
+def test_without_a_service_every_batch_is_the_first_of_its_candidates(data, tmp_path):
     with socket.socket() as taken:  # bound, never listening: nobody answers here
         taken.bind(("127.0.0.1", 0))
         out, url = tmp_path / "out", f"grpc://127.0.0.1:{taken.getsockname()[1]}"
@@ -235,10 +349,93 @@ def test_without_a_service_the_run_is_uniform(data, tmp_path, finished):
     summary = _read(out / "summary.json")
     assert summary["fallback_steps"] == STEPS
     assert summary["weighter"]["version"] is None
+    assert summary["weighter"]["client"]["unselected"] == STEPS
+    assert summary["compute"]["scoring_flops"] == 0
+    assert all(record.kept.tolist() == list(range(BATCH)) for record in _selected(out, "select"))
+    assert {line["selected"] for line in read_metrics(out / "select" / "metrics.jsonl")} == {0}
+
+
+def test_without_a_service_weights_are_uniform(data, tmp_path, finished):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        out, url = tmp_path / "out", f"grpc://127.0.0.1:{taken.getsockname()[1]}"
+        assert main([*data, "--mode", "weight", "--weighter", url, "--out", str(out)]) == 0
+    summary = _read(out / "summary.json")
+    assert summary["fallback_steps"] == STEPS
     client = summary["weighter"]["client"]
     assert client["updates_sent"] == client["updates_dropped"] == STEPS // 4
     for name, tensor in _final(finished, "uniform").items():
-        assert torch.equal(_final(out)[name], tensor), name
+        assert torch.equal(_final(out, "weight")[name], tensor), name
+
+
+# ---- References and profiles ----------------------------------------------------------------------------------------
+
+
+def test_a_reference_that_the_service_has_brings_its_tokenizer(data, finished, tmp_path):
+    url, out = f"embedded://{tmp_path / 'state'}", tmp_path / "out"
+    files = reference_files(finished / "reference")
+    with connect(url) as client:
+        client.put_reference("pool", files)
+    assert main([*data, "--steps", "4", "--weighter", url, "--reference", "pool", "--out", str(out)]) == 0
+    summary = _read(out / "summary.json")
+    assert (summary["reference"]["name"], summary["fallback_steps"]) == ("pool", 0)
+    assert summary["reference"]["checksum"] == check_reference(files, "here").checksum
+    assert (out / "tokenizer.json").read_bytes() == files["tokenizer.json"]
+
+
+def test_the_packaged_reference_needs_no_training(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    assert main([*data, "--steps", "4", "--reference", "pretaught", "--out", str(out)]) == 0
+    assert _read(out / "summary.json")["reference"]["name"] == "pretaught"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_profile_that_was_made_with_the_tool_is_taken(data, finished, tmp_path):
+    val = data[data.index("--val") + 1]
+    profile = tmp_path / "p.safetensors"
+    making = ["--reference", str(finished / "reference"), "--documents", val, "--out", str(profile)]
+    assert make_profile_file(making) == 0
+    assert main([*data, "--steps", "4", "--profile", str(profile), "--out", str(tmp_path / "out")]) == 0
+    assert _read(tmp_path / "out" / "summary.json")["fallback_steps"] == 0
+
+
+def _breaks(name: str, finished: Path, data: list[str]) -> list[str]:
+    """Prepares what is wrong, in the working directory; the flags that name it."""
+    if name == "truncated reference":
+        shutil.copytree(finished / "reference", "r")
+        Path("r/model.safetensors").write_bytes(Path("r/model.safetensors").read_bytes()[:-9])
+        return ["--reference", "r"]
+    if name == "empty folder":
+        Path("r").mkdir()
+        return ["--reference", "r"]
+    if name == "another tokenizer":
+        train_tokenizer(["something else altogether " * 9], 280).save("t.json")
+        return ["--reference", str(finished / "reference"), "--tokenizer", "t.json"]
+    val = data[data.index("--test") + 1]
+    making = ["--reference", str(finished / "reference"), "--documents", val, "--out", "p.safetensors"]
+    assert make_profile_file(making) == 0
+    return ["--profile", "p.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("truncated reference", "model.safetensors is truncated or damaged"),
+        ("empty folder", "config.json is missing"),
+        ("another tokenizer", "is another tokenizer than that of --reference"),
+        ("other documents", "made of other documents than this run's validation set"),
+    ],
+)
+def test_references_and_profiles_that_do_not_fit(data, finished, tmp_path, capsys, monkeypatch, broken, words):
+    monkeypatch.chdir(tmp_path)
+    flags = _breaks(broken, finished, data)
+    capsys.readouterr()
+    assert main([*data, *flags, "--out", "out"]) == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert errors.count("\n") == 1
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
@@ -254,6 +451,10 @@ def test_without_a_service_the_run_is_uniform(data, tmp_path, finished):
         ("--weighter-name a/b", "--weighter-name is 'a/b'"),
         ("--tokenizer missing.json", "missing.json"),
         ("--lr -1", "--lr is -1"),
+        ("--candidates 0", "--candidates is 0"),
+        ("--candidates 200", "fewer than the 200 x 8 candidates of a step"),
+        ("--reference missing", "--reference missing is neither a folder nor known to the service"),
+        ("--profile missing.safetensors", "there is no file missing.safetensors"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(data, finished, tmp_path, capsys, monkeypatch, flags, words):
@@ -281,9 +482,6 @@ def test_a_folder_with_a_run_is_refused(data, finished, capsys):
 
 
 def test_another_spec_under_the_name_is_a_mistake(data, tmp_path, capsys):
-    from trainer_client import connect
-    from weighting_contract.spec import FeatureSpec, WeighterSpec
-
     url = f"embedded://{tmp_path / 'state'}"
     with connect(url) as client:
         client.create_weighter("default", WeighterSpec(features=FeatureSpec(names=("something",))))
@@ -303,7 +501,7 @@ def test_overwrite_replaces_a_run_by_one_on_its_own_tokenizer(data, tmp_path):
 def test_a_run_under_way_keeps_others_out_of_its_folder(data, tmp_path, capsys):
     out = tmp_path / "out"
     process = _start([*data, "--steps", "5000", "--out", str(out)])
-    _when(lambda: _lines(out / "dwm" / "metrics.jsonl") >= 1, process)
+    _when(lambda: _lines(out / "select" / "metrics.jsonl") >= 1, process)
     assert main([*data, "--out", str(out), "--overwrite"]) == 2
     assert f"is in use by another run (process {process.pid})" in capsys.readouterr().err
     process.kill()

@@ -104,9 +104,10 @@ class Reference:
         ]
         self.optimiser = torch.optim.AdamW(groups, lr=learning.learning_rate)
         self.squares: list[float] = []
+        self.means = {name: t.detach().clone() for name, t in self.phi.items()}
 
     def learn(self, update: MetaUpdate, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Returns the logits before the step."""
+        """Returns the logits before the step, by the running means of the parameters."""
         learning = SPEC.learning
         cotangent = torch.tensor(update.cotangent).double()
         cotangent = cotangent - cotangent.mean()
@@ -114,16 +115,25 @@ class Reference:
         powers = [learning.cotangent_memory**age for age in reversed(range(len(self.squares)))]
         rms = math.sqrt(sum(p * s for p, s in zip(powers, self.squares, strict=True)) / sum(powers))
         cotangent = (cotangent / rms).clamp(-learning.cotangent_clip, learning.cotangent_clip)
-        logits = w_logits(self.phi, torch.tensor(update.inputs.features).double())
+        features = torch.tensor(update.inputs.features).double()
+        given = w_logits(self.means, features).detach()
+        logits = w_logits(self.phi, features)
         gradients = torch.autograd.grad(loss_of(logits, cotangent), list(self.phi.values()))
         norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
         for parameter, gradient in zip(self.phi.values(), gradients, strict=True):
             parameter.grad = gradient * min(1.0, learning.max_gradient_norm / (norm + 1e-6))
         self.optimiser.step()
-        return logits.detach()
+        updates = len(self.squares)
+        decay = min(learning.averaging, updates / (9 + updates))
+        self.means = {n: decay * mean + (1 - decay) * self.phi[n].detach() for n, mean in self.means.items()}
+        return given
 
 
 LOSSES = {Estimator.VJP: vjp_loss, Estimator.SCORE_FUNCTION: score_function_loss}
+
+
+def means(weighter: Weighter) -> dict[str, Tensor]:
+    return dict(weighter.published.model.state_dict())
 
 
 def parameters(weighter: Weighter) -> dict[str, Tensor]:
@@ -147,6 +157,8 @@ def test_updates_equal_autograd_through_the_model(estimator: Estimator) -> None:
         for name, tensor in parameters(weighter).items():
             difference = float((tensor.double() - reference.phi[name].detach()).abs().max())
             assert difference < 1e-6, f"{name} differs by {difference} after update {position}"
+            averaged = float((means(weighter)[name].double() - reference.means[name]).abs().max())
+            assert averaged < 1e-6, f"the mean of {name} differs by {averaged} after update {position}"
     moved = (parameters(weighter)["join.weight"] - parameters(Weighter(SPEC, device=CPU))["join.weight"]).abs()
     assert float(moved.max()) > 1e-3
 
@@ -163,7 +175,7 @@ def test_weights_equal_the_reference_after_learning() -> None:
     for position in range(1, 6):
         weighter.apply(position, update_of(position))
     (scores,) = weighter.score([update_of(99).inputs])
-    phi = {name: t.double() for name, t in parameters(weighter).items()}
+    phi = {name: t.double() for name, t in means(weighter).items()}
     logits = w_logits(phi, torch.tensor(update_of(99).inputs.features).double())
     np.testing.assert_allclose(scores.logits, logits.numpy(), rtol=0, atol=1e-5)
     np.testing.assert_allclose(scores.weights, w_weights(logits, w_factor(logits)).numpy(), rtol=0, atol=1e-4)

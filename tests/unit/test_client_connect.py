@@ -75,6 +75,14 @@ def test_limits_fit_each_other() -> None:
         ({"spec": {"featurez": {}}}, "featurez"),
         ({"spec": {}}, "neither features nor tokens"),
         ({"feature_names": "loss"}, "expected a list"),
+        ({"tokenizer_checksum": "a" * 64}, "tokenizer_checksum is given without a reference"),
+        ({"reference_checksum": "b" * 64}, "reference_checksum is given without a reference"),
+        ({"reference": "r", "reference_checksum": "short"}, "reference_checksum is 'short', expected a SHA-256"),
+        ({"profile": [[1, 2]]}, "profile is given without a reference"),
+        ({"reference": "r", "profile": "validation.txt"}, "profile is a string"),
+        ({"reference": "r", "profile": []}, "profile has no documents"),
+        ({"reference": "r", "profile": [[1, 2], []]}, r"profile\[1\] is float64 of shape \[0\]"),
+        ({"reference": "r", "profile": [[1.5]]}, r"profile\[0\] is float64"),
     ],
 )
 def test_arguments_that_can_not_be_right_are_refused_before_any_contact(
@@ -84,16 +92,32 @@ def test_arguments_that_can_not_be_right_are_refused_before_any_contact(
         client.open_job(**arguments)
 
 
+def test_a_weighter_needs_a_spec_or_a_beginning() -> None:
+    with connect("grpc://localhost:1") as client, pytest.raises(InvalidArgument, match="neither spec nor initial"):
+        client.create_weighter("w")
+
+
+def test_files_of_a_reference_are_a_list() -> None:
+    with connect("grpc://localhost:1") as client, pytest.raises(InvalidArgument, match="expected a list of names"):
+        client.get_reference("r", "tokenizer.json")
+
+
 WITHOUT_EXTRAS = """
 import sys
 for name in ("torch", "fastapi", "uvicorn", "pydantic_settings", "transformers", "safetensors"):
     sys.modules[name] = None
 import numpy, trainer_client
+from trainer_client.select import Selector
 from weighting_contract.errors import InvalidArgument
 assert not [name for name in sys.modules if name.startswith("weighting_service")]
 with trainer_client.connect("grpc://127.0.0.1:9", timeouts=trainer_client.Timeouts(admin_s=0.2)) as client:
     with client.open_job() as job:
         print(job.score(numpy.ones((2, 3)), 0).weights.tolist())
+        selector = Selector(job, keep=2, probes=1)
+        selector.submit(0, numpy.ones((4, 3), int))
+        print(selector.result(0).kept.tolist())
+    with client.open_job(reference="r", profile=[[1, 2], numpy.array([3])]) as job:
+        assert not job.attached
 try:
     trainer_client.connect("embedded")
 except InvalidArgument as exc:
@@ -104,6 +128,6 @@ except InvalidArgument as exc:
 def test_the_client_needs_neither_torch_nor_a_server() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    weights, message = run.stdout.splitlines()
-    assert weights == "[1.0, 1.0]"
+    weights, kept, message = run.stdout.splitlines()
+    assert (weights, kept) == ("[1.0, 1.0]", "[0, 1]")
     assert "pip install 'weighbridge[server,torch]'" in message

@@ -11,6 +11,7 @@ from protos.weighting.v1 import weighting_pb2 as pb
 from trainer_client import wire
 from trainer_client.transports import rest_json
 from weighting_contract.errors import Internal, InvalidArgument
+from weighting_contract.profile import Profile
 from weighting_contract.spec import WeighterSpec
 from weighting_contract.tensors import from_message, to_message
 
@@ -62,6 +63,7 @@ def test_rest_bodies_are_plain() -> None:
         "cotangent": [0.5, -0.5],
         "scored_position": 0,
         "estimator": "vjp",
+        "trust_only": False,
     }
     opening = pb.OpenJobRequest(weighter="w", job_id="j", role=pb.ROLE_FROZEN, feature_names=["a"])
     assert rest_json.ROUTES["OpenJob"](opening).body == {
@@ -70,6 +72,72 @@ def test_rest_bodies_are_plain() -> None:
         "role": "frozen",
         "feature_names": ["a"],
     }
+
+
+def test_rest_bodies_of_references_and_targets_are_plain() -> None:
+    putting = pb.PutReferenceRequest(name="a/b", files={"config.json": b"{}"}, exist_ok=True)
+    route = rest_json.ROUTES["PutReference"](putting)
+    assert (route.verb, route.path, route.body) == (
+        "PUT",
+        "/v1/references/a%2Fb",
+        {"files": {"config.json": "e30="}, "exist_ok": True},
+    )
+    getting = pb.GetReferenceRequest(name="r", files=["tokenizer.json", "config.json"])
+    assert rest_json.ROUTES["GetReference"](getting).path == "/v1/references/r?files=tokenizer.json&files=config.json"
+    opening = pb.OpenJobRequest(
+        weighter="w",
+        reference=wire.reference_message("r", "", "a" * 64),
+        profile=wire.profile_message([[1, 2, 3], np.array([4], np.uint8)]),
+    )
+    body = rest_json.ROUTES["OpenJob"](opening).body
+    assert body is not None
+    assert body["reference"] == {"name": "r", "checksum": "", "tokenizer_checksum": "a" * 64}
+    assert body["profile"] == {"documents": [[1, 2, 3], [4]], "documents_checksum": ""}
+    scoring = pb.ScoreRequest(job_id="j", inputs=wire.Batch(tokens=[[1, 2]]).message(), min_effective_share=0.0)
+    assert rest_json.ROUTES["Score"](scoring).body == {
+        "step": 0,
+        "inputs": {"tokens": [[1, 2]]},
+        "min_position": 0,
+        "min_effective_share": 0.0,
+        "return_statistics": False,
+    }
+
+
+def test_a_finished_profile_travels_as_float16() -> None:
+    profile = Profile(np.array([0.5, -1.25], np.float16), "c" * 64)
+    message = wire.profile_message(profile)
+    assert (message.log_ratios.dtype, message.documents_checksum) == ("float16", "c" * 64)
+    assert rest_json.to_json(pb.OpenJobRequest(profile=message))["profile"] == {
+        "log_ratios": [0.5, -1.25],
+        "documents_checksum": "c" * 64,
+    }
+    with pytest.raises(InvalidArgument, match=r"profile.log_ratios is int64 of shape \[2, 2\]"):
+        wire.profile_message(Profile(np.ones((2, 2), np.int64), ""))
+
+
+@pytest.mark.parametrize("probes", [[1, 0], [True], [[True, False]]])
+def test_probes_are_one_bool_a_sample(probes: Any) -> None:
+    assert from_message(wire.probes_message([True, False], 2), "probes").tolist() == [1, 0]
+    with pytest.raises(InvalidArgument, match=r"expected bool of \[2\]"):
+        wire.probes_message(probes, 2)
+
+
+@pytest.mark.parametrize("statistics", [np.ones(2), np.ones((3, 1)), np.array([[1.0], [np.nan]])])
+def test_statistics_of_other_samples_are_internal_errors(statistics: np.ndarray) -> None:
+    ones = to_message(np.ones(2, np.float32))
+    answer = pb.ScoreResponse(weights=ones, logits=ones, statistics=to_message(statistics))
+    with pytest.raises(Internal, match=r"statistics of shape .*expected \[2, F\]"):
+        wire.read_scores(answer, 2)
+
+
+def test_scores_in_json_are_read_back() -> None:
+    answer = {"weights": [1.0], "logits": [0.5], "position": 3, "effective_sample_size": 1.0, "trust": 0.25}
+    read = rest_json.ROUTES["Score"](pb.ScoreRequest()).read
+    without = wire.read_scores(read(answer), 1)  # type: ignore[arg-type]
+    given = read(answer | {"statistics": [[1.0, 2.0]]})
+    assert without.statistics is None
+    assert wire.read_scores(given, 1).statistics.tolist() == [[1.0, 2.0]]  # type: ignore[arg-type, union-attr]
+    assert given.trust == 0.25  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("lengths", [[2], [0, 3], [2, 4]])

@@ -74,10 +74,16 @@ RULES = (
         ours=(
             "weighting_service.engine",
             "weighting_service.weighter",
+            "weighting_service.reference",
             "weighting_service.domain",
             "weighting_contract",
         ),
         forbidden=SERVE_FRAMEWORKS,
+    ),
+    Rule(
+        "weighting_service.reference",
+        ours=("weighting_service.reference", "weighting_service.weighter.encoder", "weighting_contract"),
+        forbidden=(*SERVE_FRAMEWORKS, *SIDE_EFFECTS),
     ),
     *(
         Rule(
@@ -87,7 +93,10 @@ RULES = (
         )
         for durable in ("weighting_service.update_log", "weighting_service.snapshots")
     ),
-    Rule("weighting_service.service", forbidden=(*TRANSPORTS, *WIRING, *SERVE_FRAMEWORKS)),
+    *(
+        Rule(f"weighting_service.{part}", forbidden=(*TRANSPORTS, *WIRING, *SERVE_FRAMEWORKS))
+        for part in ("service", "core", "hosting", "jobs", "profiles", "references", "scoring", "teaching", "views")
+    ),
     *(
         Rule(transport, forbidden=(*TRANSPORTS, *WIRING, "weighting_service.engine", "weighting_service.weighter"))
         for transport in TRANSPORTS

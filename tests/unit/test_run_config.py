@@ -9,6 +9,7 @@ import re
 import pytest
 
 from trainer_client.run.config import RunConfig, flag, load, parse
+from trainer_client.run.variants import LABELS, label_of, variant_of
 from weighting_contract.errors import InvalidArgument
 
 
@@ -54,8 +55,18 @@ def test_flags_reach_their_fields():
         ("--resume", "--resume without --out"),
         ("--meta-batch 33", "--batch-size (32)"),
         ("--meta-batch 1", "--meta-batch is 1"),
-        ("--method uniform --compare uniform", "another --method"),
-        ("--schedule staged --stages 9 --steps 8", "at most --steps (8)"),
+        ("--method uniform --compare uniform", "--compare uniform is there already"),
+        ("--compare dsir uniform dsir", "--compare dsir is there already"),
+        ("--compare select", "--compare select is there already"),
+        ("--candidates 0", "--candidates is 0, expected 1 or more"),
+        ("--probes 33", "--probes is 33, expected at most --batch-size (32)"),
+        ("--ahead -1", "--ahead is -1"),
+        ("--select-min-share 1.5", "--select-min-share is 1.5, expected from 0 to 1"),
+        ("--mode weight --profile p.safetensors", "--profile is for runs that select"),
+        ("--schedule staged", "--schedule staged goes with --mode weight only, but the run 'select' selects"),
+        ("--mode weight --schedule staged --compare both", "only, but the run 'both' selects"),
+        (f"--weighter-name {'x' * 120} --compare weight", "with what the run 'weight' adds"),
+        ("--mode weight --schedule staged --stages 9 --steps 8", "at most --steps (8)"),
         ("--resume --overwrite --out nowhere", "no run to continue"),
         ("--data mine.txt", "--val"),
     ],
@@ -64,6 +75,33 @@ def test_mistakes_name_the_flag(flags, words):
     with pytest.raises(InvalidArgument) as error:
         parse(flags.split())
     assert words in str(error.value)
+
+
+def test_labels_name_every_variant_once():
+    assert LABELS == ("uniform", "dsir", "select", "select-scratch", "weight", "weight-scratch", "both", "both-scratch")
+    for label in LABELS:
+        variant = variant_of(label, "w")
+        assert label_of(variant.method, variant.mode, variant.weighter_from) == label
+
+
+def test_compared_runs_have_weighters_of_their_own():
+    config = parse(["--role", "frozen", "--weighter-name", "w", "--compare", "uniform", "select-scratch", "both"])
+    labels = [variant.label for variant in config.variants]
+    assert labels == ["select", "uniform", "select-scratch", "both"]
+    assert [variant.weighter for variant in config.variants] == ["w", "", "w-select-scratch", "w-both"]
+    assert [variant.role for variant in config.variants] == ["frozen", "", "learn", "learn"]
+    assert config.variants[3].inner_weighter == "w-both-inner"
+
+
+def test_a_run_of_an_earlier_version_is_not_continued(tmp_path):
+    values = RunConfig(out=str(tmp_path)).to_dict()
+    for new in ("mode", "candidates"):
+        del values[new]
+    (tmp_path / "config.json").write_text(json.dumps({"job_id": "j", "config": {**values, "compare": ""}}))
+    with pytest.raises(
+        InvalidArgument, match=r"of an earlier version, .* \(it lacks candidates, mode\): start the run anew"
+    ):
+        parse(["--resume", "--out", str(tmp_path)])
 
 
 def test_unknown_choice_exits_with_2(capsys):

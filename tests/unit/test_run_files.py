@@ -52,14 +52,14 @@ def test_tensorboard_events_are_readable(tmp_path):
 def test_without_a_terminal_evaluations_are_plain_lines():
     output = io.StringIO()
     with JobProgress(Console(file=output, width=120), total_steps=20, batch_size=32) as progress:
-        progress.start("dwm", 10, 0)
+        progress.start("select", 10, 0)
         for step in range(1, 5):
             evaluated = {"val_loss": 4.321} if step % 2 == 0 else {}
             progress.update({"step": step, "loss": 5.0, "effective_sample_size": 14.25, **evaluated})
     lines = output.getvalue().splitlines()
     assert lines == [
-        "dwm: step 2 (12 of 20)  loss 5.000  val 4.321  ess 14.2/32",
-        "dwm: step 4 (14 of 20)  loss 5.000  val 4.321  ess 14.2/32",
+        "select: step 2 (12 of 20)  loss 5.000  val 4.321  ess 14.2/32",
+        "select: step 4 (14 of 20)  loss 5.000  val 4.321  ess 14.2/32",
     ]
 
 
@@ -67,10 +67,10 @@ def test_in_a_terminal_a_bar_shows_the_step_s_numbers():
     output = io.StringIO()
     console = Console(file=output, width=120, force_terminal=True)
     with JobProgress(console, total_steps=20, batch_size=32) as progress:
-        progress.start("dwm", 10, 0)
+        progress.start("select", 10, 0)
         progress.update({"step": 4, "loss": 5.125, "effective_sample_size": 14.25, "val_loss": 4.321})
     shown = output.getvalue()
-    for text in ("dwm", "14/20", "5.125", "4.321", "14.2/32", "left"):
+    for text in ("select", "14/20", "5.125", "4.321", "14.2/32", "left"):
         assert text in shown
 
 
@@ -82,12 +82,13 @@ def _opened(config: RunConfig) -> Workspace:
 def test_a_folder_with_a_run_is_refused_continued_or_replaced(tmp_path):
     out = tmp_path / "my run"
     first = _opened(RunConfig(out=str(out)))
-    (out / "dwm").mkdir()
+    (out / "select").mkdir()
+    (out / "dwm").mkdir()  # of an earlier version
     (out / "notes.txt").write_text("mine")
     with pytest.raises(FailedPrecondition, match=r"already holds a run: add --resume .* --overwrite"):
         _opened(RunConfig(out=str(out)))
     assert _opened(RunConfig(out=str(out), resume=True)).job_id == first.job_id
-    assert (out / "dwm").exists()
+    assert (out / "select").exists()
     replaced = _opened(RunConfig(out=str(out), overwrite=True, seed=4))
     assert replaced.job_id != first.job_id
     assert sorted(p.name for p in out.iterdir()) == [".lock", "config.json", "notes.txt"]

@@ -1,4 +1,4 @@
-"""The learning rate's course, fixed evaluation samples, and draws that depend on (seed, step) alone."""
+"""The learning rate's course, fixed evaluation samples, draws that depend on (seed, step) alone, and likeness."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from trainer_client.run.choose import MostAlike
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import BatchOrder, Samples
 from trainer_client.run.evaluate import fixed_subset, mean_loss
@@ -13,6 +14,7 @@ from trainer_client.run.loop import learning_rate
 from trainer_client.run.models import build_model
 from trainer_client.run.task import Task
 from trainer_client.run.tokenizer import train_tokenizer
+from weighting_contract.ngrams import count_ngrams
 
 CPU = torch.device("cpu")
 
@@ -61,7 +63,8 @@ def task() -> Task:
     train = Samples(tokens, np.arange(40) % 3, ("a", "b", "c"))
     val = Samples(tokens[:6], np.zeros(6, np.int64), ("a",))
     tokenizer = train_tokenizer(["some text"], 300)
-    return Task(tokenizer, train, val, val, BatchOrder(train, 8, seed=1), torch.zeros(200), seed=1)
+    order, candidates = BatchOrder(train, 8, seed=1), BatchOrder(train, 24, seed=1)
+    return Task(tokenizer, train, val, val, order, candidates, torch.zeros(200), seed=1)
 
 
 def test_validation_draws_belong_to_seed_and_step(task):
@@ -80,13 +83,42 @@ def test_pause_draws_belong_to_seed_step_and_draw(task):
     assert not torch.equal(draws[1], draws[2])
 
 
-def test_mean_weights_are_by_source(task):
-    sources = task.sources(3)
+def test_means_and_shares_are_by_source(task):
     weights = np.linspace(0.5, 1.5, 8)
     for step in range(3):
-        means = task.mean_by_source(step, weights)
+        indices = task.order.indices(step)
+        sources = task.train.source_index[indices]
+        means, shares = task.mean_by_source(indices, weights), task.share_by_source(indices)
+        assert sum(shares.values()) == pytest.approx(1)
         for index, name in enumerate("abc"):
-            chosen = sources[step] == index
+            chosen = sources == index
+            assert shares[name] == pytest.approx(chosen.mean())
             assert (name in means) == chosen.any()
             if chosen.any():
                 assert means[name] == pytest.approx(weights[chosen].mean())
+
+
+def test_the_most_alike_are_those_of_the_highest_log_ratio(task):
+    table = task.target_table.numpy()
+
+    # A naive reference: every sample's uni- and bigrams one by one, through the counts of single n-grams.
+    def mean_ratio(row: np.ndarray) -> float:
+        pairs = [row[i : i + 2] for i in range(len(row) - 1)]
+        unigrams = [int(np.flatnonzero(count_ngrams([[t]]))[0]) for t in row]
+        both = [
+            int(b)
+            for pair in pairs
+            for b in np.flatnonzero(count_ngrams([pair]) - sum(count_ngrams([[t]]) for t in pair))
+        ]
+        return float(np.mean([table[b] for b in (*unigrams, *both)]))
+
+    chooser = MostAlike(task, 8)
+    for step in range(2):
+        choice = chooser.choose(step)
+        assert choice.drawn.tolist() == task.candidate_order.indices(step).tolist()
+        ratios = {i: mean_ratio(task.train.tokens[i]) for i in choice.drawn}
+        assert set(choice.indices) <= set(choice.drawn)
+        worst_kept = min(ratios[i] for i in choice.indices)
+        assert worst_kept >= max(ratios[i] for i in set(choice.drawn) - set(choice.indices)) - 1e-5
+        assert len(choice.indices) == 8
+        assert sum(choice.metrics["kept_share"].values()) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Summaries, the moment when a curve reaches a loss, means by source, and the table."""
+"""Summaries, the moment when a curve reaches a loss, means and shares by source, compute, the table and the picture."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from trainer_client.run.plot import plot_weights, smoothed_mean
+from trainer_client.run.compute import Compute, scoring_flops, teaching_flops, training_flops
+from trainer_client.run.plot import SourceHistory, enrichment, plot_sources
 from trainer_client.run.report import (
     Reached,
     RunSummary,
     first_reached,
     job_summary,
+    loss_at_compute,
     mean_effective_size,
-    table,
+    shares_by_source,
     weights_by_source,
     write_json,
 )
+from trainer_client.run.table import table
+from trainer_client.run.variants import variant_of
 from weighting_contract.errors import InvalidArgument
 
 WEIGHTER = {
@@ -44,30 +48,71 @@ def test_first_reached_interpolates(loss, expected):
     assert first_reached(CURVE, loss) == expected
 
 
-def test_weights_by_source_are_of_the_last_quarter():
+def test_means_and_shares_are_of_the_last_quarter():
     weights = np.ones((8, 4), np.float32)
     weights[6:] = [[2, 2, 0, 0], [1, 3, 0, 0]]
     sources = np.tile(np.array([0, 1, 2, 2]), (8, 1))
-    means = weights_by_source(weights, sources, ["a", "b", "c", "never drawn"])
-    assert means == {"a": 1.5, "b": 2.5, "c": 0.0}
+    names = ["a", "b", "c", "never drawn"]
+    assert weights_by_source(weights, sources, names) == {"a": 1.5, "b": 2.5, "c": 0.0}
+    assert shares_by_source(weights, sources, names) == {"a": 3 / 8, "b": 5 / 8, "c": 0.0, "never drawn": 0.0}
     assert mean_effective_size(weights) == pytest.approx((2.0 + 1.6) / 2)
 
 
-def test_smoothed_mean_against_a_loop():
+def test_weighted_and_selected_batches_of_one_mixture_have_one_share():
+    weighted = shares_by_source(np.array([[1.5, 1.5, 0.5, 0.5]]), np.array([[0, 0, 1, 1]]), ["a", "b"])
+    selected = shares_by_source(np.ones((1, 4)), np.array([[0, 0, 0, 1]]), ["a", "b"])
+    assert weighted == selected == {"a": 0.75, "b": 0.25}
+
+
+def test_enrichment_against_a_loop():
     rng = np.random.default_rng(0)
-    values, chosen, window = rng.random((12, 5)), rng.random((12, 5)) < 0.4, 3
-    chosen[:4] = False
+    weights, sources, drawn = rng.random((12, 5)), rng.integers(0, 3, (12, 5)), rng.integers(0, 3, (12, 15))
+    drawn[:3] = 1  # source 0 comes later
+    window = 4
     expected = []
     for s in range(12):
         span = slice(max(0, s - window + 1), s + 1)
-        picked = values[span][chosen[span]]
-        expected.append(picked.mean() if picked.size else np.nan)
-    np.testing.assert_allclose(smoothed_mean(values, chosen, window), expected)
+        below = np.mean(drawn[span] == 0) * len(drawn[span])
+        above = sum(weights[t][sources[t] == 0].sum() / 5 for t in range(*span.indices(12)))
+        expected.append(above / below if below else np.nan)
+    history = SourceHistory(weights, sources, drawn, ["a", "b", "c"])
+    np.testing.assert_allclose(enrichment(history, 0, window), expected)
 
 
-def _summary(method: str, loss: float) -> RunSummary:
+def test_enrichment_of_a_batch_as_drawn_is_its_mean_weight():
+    weights, sources = np.array([[2.0, 1.0, 0.5, 0.5]] * 3), np.array([[0, 1, 1, 1]] * 3)
+    history = SourceHistory(weights, sources, sources, ["a", "b"])
+    np.testing.assert_allclose(enrichment(history, 0, 2), [2, 2, 2])
+    np.testing.assert_allclose(enrichment(history, 1, 2), [2 / 3, 2 / 3, 2 / 3])
+
+
+def test_compute_by_the_usual_counts():
+    n, r = 1000, 50
+    compute = Compute(
+        training_flops(n, 100 * 32 * 64),
+        teaching_flops(n, "finite_difference", 25 * 16 * 64, 25 * 8 * 64),
+        scoring_flops(r, 100 * 160 * 64),
+        reference_flops=1.0,
+    )
+    assert compute.training_flops == 6 * n * 100 * 32 * 64
+    assert compute.teaching_flops == 25 * 64 * n * (2 * 16 + 6 * 8)
+    assert compute.scoring_flops == 2 * r * 100 * 160 * 64
+    assert compute.relative == pytest.approx(1 + 25 * (32 + 48) / (6 * 100 * 32) + 2 * 50 * 160 / (6 * 1000 * 32))
+    assert compute.to_dict().keys() == {
+        *("training_flops", "teaching_flops", "scoring_flops", "reference_flops", "relative"),
+    }
+
+
+def _summary(label: str, loss: float) -> RunSummary:
+    variant = variant_of(label, "default")
+    extra = 2.0 if variant.selects else 1.0 if variant.learned else 0.0
     return RunSummary(
-        method=method,
+        label=label,
+        method=variant.method,
+        mode=variant.mode,
+        weighter_from=variant.weighter_from,
+        role=variant.role,
+        candidates=5 if variant.draws_candidates else 1,
         seed=0,
         steps=40,
         tokens_seen=40 * 2048,
@@ -77,18 +122,22 @@ def _summary(method: str, loss: float) -> RunSummary:
         train_seconds=8.0,
         score_seconds=0.4,
         meta_seconds=0.8,
+        wait_seconds=0.3,
         fallback_steps=1,
         meta_updates=9,
         meta_updates_skipped=1,
         effective_sample_size=14.2,
-        weights_by_source={"prose": 1.5, "noise": 0.5} if method == "dwm" else {"prose": 1.0, "noise": 1.0},
-        weighter=WEIGHTER if method == "dwm" else None,
+        weights_by_source={"prose": 1.5, "noise": 0.5} if variant.weighs else {"prose": 1.0, "noise": 1.0},
+        shares_by_source={"prose": 0.75, "noise": 0.25} if variant.learned else {"prose": 0.5, "noise": 0.5},
+        trust=0.9 if variant.learned else None,
+        compute=Compute(10.0, extra, 0.0, 0.0).to_dict(),
+        weighter=WEIGHTER if variant.learned else None,
         test_curve=[(step, seconds, x + loss - 4.0) for step, seconds, x in CURVE],
     )
 
 
 def test_summaries_round_trip(tmp_path):
-    summary = _summary("dwm", 4.3)
+    summary = _summary("select", 4.3)
     summary.write(tmp_path / "s.json")
     assert RunSummary.read(tmp_path / "s.json") == summary
     write_json(tmp_path / "s.json", {"method": "dwm"})
@@ -96,43 +145,87 @@ def test_summaries_round_trip(tmp_path):
         RunSummary.read(tmp_path / "s.json")
 
 
-def test_job_summary_has_the_method_on_top_and_the_other_beside_it():
-    runs = {"dwm": _summary("dwm", 4.25), "uniform": _summary("uniform", 4.5)}
-    summary = json.loads(json.dumps(job_summary(runs, "dwm")))
-    assert (summary["method"], summary["compare"]["uniform"]["method"]) == ("dwm", "uniform")
+def test_job_summary_has_the_main_run_on_top_and_the_others_beside_it():
+    runs = {"weight": _summary("weight", 4.25), "uniform": _summary("uniform", 4.5)}
+    summary = json.loads(json.dumps(job_summary(runs, "weight")))
+    assert (summary["label"], summary["method"], summary["compare"]["uniform"]["method"]) == (
+        "weight",
+        "dwm",
+        "uniform",
+    )
     assert summary["steps_to_uniform_loss"] == pytest.approx(30 + 10 * (5.75 - 4.5) / 1.5)
     assert summary["seconds_to_uniform_loss"] == pytest.approx(4 + 2 * (5.75 - 4.5) / 1.5)
-    assert job_summary(dict(reversed(runs.items())), "uniform")["compare"].keys() == {"dwm"}
-    assert "compare" not in job_summary({"dwm": runs["dwm"]}, "dwm")
+    at = 40 / 1.1  # steps that cost as much as all of uniform's
+    assert summary["loss_at_uniform_compute"] == pytest.approx(4.25 + 1.5 * (40 - at) / 10)
+    assert job_summary(dict(reversed(runs.items())), "uniform")["compare"].keys() == {"weight"}
+    assert "compare" not in job_summary({"weight": runs["weight"]}, "weight")
+
+
+def test_loss_at_compute_is_the_nearest_evaluation_where_the_curve_ends():
+    uniform, costly = _summary("uniform", 4.0), _summary("select", 4.0)
+    costly.compute["scoring_flops"] = 1000.0
+    assert loss_at_compute(uniform, uniform) == 4.0
+    assert loss_at_compute(costly, uniform) == CURVE[0][2]
 
 
 def test_a_run_that_stays_above_uniform_never_reaches_it():
-    runs = {"dwm": _summary("dwm", 4.6), "uniform": _summary("uniform", 4.5)}
-    summary = job_summary(runs, "dwm")
+    runs = {"select": _summary("select", 4.6), "uniform": _summary("uniform", 4.5)}
+    summary = job_summary(runs, "select")
     assert summary["steps_to_uniform_loss"] is None
     assert summary["seconds_to_uniform_loss"] is None
 
 
-def test_table_shows_both_runs():
+def _shown(runs: dict[str, RunSummary], main: str) -> tuple[str, dict[str, list[str]]]:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        console.print(table({"dwm": _summary("dwm", 4.25), "uniform": _summary("uniform", 4.5)}, "dwm"))
+        console.print(table(runs, main))
     text = console.export_text()
-    assert "uniform against dwm" in text
     cells = [[cell.strip() for cell in line.split("│")] for line in text.splitlines() if "│" in line]
-    rows = {name: values for _, name, *values, _ in cells}
+    return text, {name: values for _, name, *values, _ in cells}
+
+
+def test_the_table_shows_the_runs_side_by_side():
+    text, rows = _shown({"weight": _summary("weight", 4.25), "uniform": _summary("uniform", 4.5)}, "weight")
+    assert "uniform against weight" in text
     assert rows["test loss"] == ["4.500", "4.250"]
-    assert rows["steps to the uniform run's final loss"] == ["40", "38"]
-    assert rows["mean weight of prose*"] == ["1.00", "1.50"]
+    assert rows["test loss at uniform's compute"] == ["4.500", "4.795"]
+    assert rows["steps to uniform's final loss"] == ["40", "38"]
+    assert rows["compute, uniform = 1"] == ["1.00", "1.10"]
+    assert rows["share of prose*"] == ["50 %", "75 %"]
+    assert rows["mean weight of prose*"] == ["-", "1.50"]
+    assert rows["trust at the end"] == ["-", "0.90"]
     assert rows["teaching, s"] == ["-", "0.8 (10 %)"]
     assert rows["meta-updates (degenerate)"] == ["-", "9 (1)"]
-    assert rows["acknowledged of sent since the last start"] == ["-", "7 of 9"]
+    assert rows["acknowledged of sent"] == ["-", "7 of 9"]
 
 
-def test_plot_is_a_picture(tmp_path):
+def test_four_runs_fit_into_100_columns():
+    labels = ("select", "uniform", "weight-scratch", "select-scratch")
+    text, rows = _shown({label: _summary(label, 4.0 + i / 10) for i, label in enumerate(labels)}, "select")
+    assert "…" not in text
+    for label in labels:
+        assert label in text
+    assert rows["test loss"] == ["4.100", "4.200", "4.300", "4.000"]
+    assert rows["waiting for candidates, s"] == ["-", "-", "0.3", "0.3"]
+    assert all(len(values) == 4 for values in rows.values())
+    assert not any(not name for name in rows)  # no row takes two lines
+
+
+def test_rows_that_say_nothing_are_left_out():
+    _, rows = _shown({"dsir": _summary("dsir", 4.0)}, "dsir")
+    assert "test loss" in rows
+    assert not {"trust at the end", "teaching, s", "mean weight of prose*"} & rows.keys()
+
+
+def test_plots_are_pictures(tmp_path):
     rng = np.random.default_rng(0)
-    weights = rng.random((30, 8)).astype(np.float32)
-    plot_weights(tmp_path / "w.png", weights, rng.integers(0, 3, (30, 8)), ["a", "b", "c", "unused"], "title")
-    assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
-    plot_weights(tmp_path / "one.png", weights[:1], np.zeros((1, 8), np.int64), ["a"], "one step")
-    assert (tmp_path / "one.png").stat().st_size > 1000
+    sources = rng.integers(0, 3, (30, 8))
+    history = SourceHistory(rng.random((30, 8)), sources, sources, ["a", "b", "c", "unused"])
+    plot_sources(tmp_path / "weights.png", history, "title")
+    selected = SourceHistory(np.ones((30, 8)), sources, rng.integers(0, 3, (30, 40)), ["a", "b", "c"])
+    plot_sources(tmp_path / "selected.png", selected, "title", trust=np.linspace(1, 0, 30))
+    one = SourceHistory(np.ones((1, 8)), np.zeros((1, 8), int), np.zeros((1, 8), int), ["a"])
+    plot_sources(tmp_path / "one.png", one, "one step")
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 1000

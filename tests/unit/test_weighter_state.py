@@ -116,6 +116,24 @@ def test_state_tensors_are_copies() -> None:
     assert_same_tensors(before, kept)
 
 
+@pytest.mark.parametrize("train_encoder", [True, False])
+def test_a_published_state_never_changes_and_shares_what_never_learns(train_encoder: bool) -> None:
+    assert TOKENS.tokens is not None
+    weighter = taught(replace(TOKENS, tokens=replace(TOKENS.tokens, train_encoder=train_encoder)), 2)
+    model, inputs = weighter.published.model, inputs_of(TOKENS, 77)
+    kept = {name: t.clone() for name, t in model.state_dict().items()}
+    logits = model(Samples.of([inputs], CPU))
+    assert not logits.requires_grad
+    assert not any(p.requires_grad for p in model.parameters())
+    advance(weighter, 5)
+    assert_same_tensors(dict(model.state_dict()), kept)
+    assert torch.equal(model(Samples.of([inputs], CPU)), logits)
+    later = dict(weighter.published.model.named_parameters())
+    shared = {name for name, p in model.named_parameters() if later[name] is p}
+    assert shared == (set() if train_encoder else {name for name in later if name.startswith("encoder.")})
+    assert not torch.equal(later["join.weight"], model.join.weight)
+
+
 @pytest.mark.parametrize("position", [0, 3, 5])
 def test_only_the_next_position_is_applied(position: int) -> None:
     weighter = taught(FEATURES, 3)
@@ -237,7 +255,7 @@ def test_parameters_move_between_weighters_that_differ_in_learning_only() -> Non
 def test_exports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     files = weighter_files(taught(FEATURES, 2))
     renamed = replace(FEATURES, features=FeatureSpec(names=("a", "c", "b"), hidden_size=2))
-    with pytest.raises(InvalidArgument, match=r"the export's spec\.features is .*'a', 'b', 'c'.*, but this"):
+    with pytest.raises(InvalidArgument, match=r"the export's spec\.features\.names is .*'a', 'b', 'c'.*, but this"):
         load_parameters(Weighter(renamed, device=CPU), files)
     two_heads = replace(FEATURES, head=HeadSpec(width=8, attention_heads=2))
     with pytest.raises(InvalidArgument, match=r"spec\.head\.attention_heads is 4, but this weighter's is 2"):

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from trainer_client.reference.config import ReferenceConfig, parse
-from weighting_contract.errors import WeighbridgeError
+from trainer_client.run.shell import in_shell
 
 if TYPE_CHECKING:
     from trainer_client.reference.train import TrainedReference
 
-_MISTAKE, _INTERRUPTED = 2, 130
 _LINE_EVERY = 100  # steps, where there is no terminal to draw on
 
 
@@ -28,23 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 the user's mistake (one sentence on stderr), 130 interrupted; nothing is left then.
     """
-    console = Console()
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_time=False, show_path=False)],
-    )
-    try:
-        config = parse(arguments)
-        made = _make(config, console)
-    except (WeighbridgeError, OSError) as exc:
-        print(f"trainer_client.reference: {exc}", file=sys.stderr)
-        return _MISTAKE
-    except KeyboardInterrupt:
-        print("trainer_client.reference: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    _show(made, console)
-    return 0
+
+    def command(console: Console) -> int:
+        _show(_make(parse(arguments), console), console)
+        return 0
+
+    return in_shell("trainer_client.reference", command)
 
 
 def _make(config: ReferenceConfig, console: Console) -> TrainedReference:
@@ -52,7 +38,7 @@ def _make(config: ReferenceConfig, console: Console) -> TrainedReference:
     from trainer_client.reference.train import load_pool, train_reference
     from trainer_client.run.config import RunConfig
     from trainer_client.run.data import make_samples
-    from trainer_client.run.runner import set_up_torch
+    from trainer_client.run.device import set_up_torch
     from trainer_client.run.tokenizer import cached_tokenizer, load_tokenizer
     from weighting_contract.reference import check_free
 

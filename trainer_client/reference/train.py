@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,21 +25,28 @@ from trainer_client.run.loop import build_optimizer, learning_rate
 from trainer_client.run.models import build_model, count_parameters, no_progress_bar
 from trainer_client.run.task import to_tensor
 from trainer_client.run.tokenizer import Tokenizer
-from weighting_contract.ngrams import Row, count_ngrams, log_ratios
+from weighting_contract.ngrams import count_ngrams
 from weighting_contract.reference import (
     Counts,
     ReferenceInfo,
     build_reference,
     check_free,
     check_reference,
-    read_counts,
-    reference_files,
     write_reference,
 )
 
 _LOSS_SAMPLES = 512  # of the pool, behind the loss that a reference states
 _MAX_GRADIENT_NORM = 1.0
 _REPORT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class MadeReference:
+    """The files of a trained reference, and what it took."""
+
+    files: dict[str, bytes]
+    parameters: int
+    seconds: float  # of training
 
 
 @dataclass(frozen=True)
@@ -65,19 +71,41 @@ def train_reference(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> TrainedReference:
-    """Trains on the samples, counts them, and writes the folder whole. Equal arguments give equal files.
+    """`make_reference`, written whole into a folder that is absent or empty, or, with `config.overwrite`, gives way.
+
+    Raises:
+        InvalidArgument: as of `make_reference`.
+        AlreadyExists: the folder is taken; seen before training.
+    """
+    check_free(folder, replace=config.overwrite)
+    made = make_reference(
+        samples, tokenizer, config, trained_on=trained_on, command=command, device=device, progress=progress
+    )
+    written = write_reference(folder, made.files, replace=config.overwrite)
+    size = sum(len(content) for content in made.files.values())
+    return TrainedReference(written, check_reference(made.files, str(written)), made.parameters, made.seconds, size)
+
+
+def make_reference(
+    samples: Samples,
+    tokenizer: Tokenizer,
+    config: ReferenceConfig,
+    *,
+    trained_on: str,
+    command: str,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> MadeReference:
+    """Trains on the samples and counts them. Equal arguments give equal files.
 
     Args:
         samples: of the pool, by this tokenizer; their length is the reference's seq_len.
-        folder: absent or empty, or a reference that gives way with `config.overwrite`.
-        config: size, steps, batch_size, lr, warmup_steps, seed, ngram_buckets and overwrite are used.
+        config: size, steps, batch_size, lr, warmup_steps, seed and ngram_buckets are used.
         trained_on, command: words for people, kept in reference.json.
 
     Raises:
         InvalidArgument: an unknown size, or fewer samples than a batch.
-        AlreadyExists: the folder is taken; seen before training.
     """
-    check_free(folder, replace=config.overwrite)
     started = time.perf_counter()
     seq_len = samples.tokens.shape[1] - 1
     model = build_model(config.size, tokenizer.vocab_size, seq_len, config.seed)
@@ -97,10 +125,7 @@ def train_reference(
         steps=config.steps,
         loss=loss,
     )
-    written = write_reference(folder, files, replace=config.overwrite)
-    size = sum(len(content) for content in files.values())
-    info = check_reference(files, str(written))
-    return TrainedReference(written, info, count_parameters(model), seconds, size)
+    return MadeReference(files, count_parameters(model), seconds)
 
 
 def load_pool(config: ReferenceConfig, progress: Progress | None = None) -> list[Document]:
@@ -112,19 +137,6 @@ def load_pool(config: ReferenceConfig, progress: Progress | None = None) -> list
     if config.val or config.data == ReferenceConfig.data:
         return list(load_corpus(config.data, config.val, config.test, progress=progress).train)
     return load_documents(config.data, progress=progress)
-
-
-def target_profile(reference: str | os.PathLike[str], rows: list[Row] | np.ndarray) -> np.ndarray:
-    """The profile of target documents against the pool of the reference in a folder, [buckets] float16.
-
-    Args:
-        rows: token ids of the documents or of samples of them, by the reference's tokenizer.
-
-    Raises:
-        InvalidArgument: a damaged reference, rows that are no token ids, or none at all.
-    """
-    pool = read_counts(reference_files(reference)).ngrams
-    return log_ratios(count_ngrams(rows, len(pool)), pool)
 
 
 def _train(

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 from trainer_client.run.config import RunConfig, parse
+from trainer_client.run.shell import in_shell
 from trainer_client.run.signals import StopOnSignal
-from weighting_contract.errors import WeighbridgeError
 
 if TYPE_CHECKING:
     from trainer_client.run.report import RunSummary
-
-_MISTAKE, _INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,21 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 finished, 2 the user's mistake (one sentence on stderr), 130 or 143 stopped by a signal.
     """
-    console = Console()
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_time=False, show_path=False)],
-    )
-    try:
-        config = parse(arguments)
-        return _run(config, console)
-    except (WeighbridgeError, OSError) as exc:
-        print(f"trainer_client.run: {exc}", file=sys.stderr)
-        return _MISTAKE
-    except KeyboardInterrupt:
-        print("trainer_client.run: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+    return in_shell("trainer_client.run", lambda console: _run(parse(arguments), console))
 
 
 def _run(config: RunConfig, console: Console) -> int:
@@ -65,17 +47,18 @@ def _run(config: RunConfig, console: Console) -> int:
 
 
 def _show(config: RunConfig, runs: dict[str, RunSummary], console: Console) -> None:
-    from trainer_client.run.report import table
+    from trainer_client.run.table import table
 
     console.print()
-    console.print(table(runs, config.method))
+    console.print(table(runs, config.main.label))
     out = Path(config.out)
     files = [(out / "summary.json", "all of these numbers")]
-    for method in runs:
-        files.append((out / method / "metrics.jsonl", f"the {method} run, one line a step"))
+    for label in runs:
+        files.append((out / label / "metrics.jsonl", f"the {label} run, one line a step"))
     files.append((out, "TensorBoard events: tensorboard --logdir " + str(out)))
-    files.append((out / "weights.png", "how the weights of the sources evolve"))
+    files.append((out / "weights.png", "how much the sources count, step by step"))
     files.append((out / "weighter-export", "the weighter, to be used elsewhere"))
+    files.append((out / "reference", "the reference that it read the samples by"))
     console.print()
     for path, what in files:
         if path.exists():

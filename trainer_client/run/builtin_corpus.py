@@ -53,12 +53,16 @@ class BuiltinCorpus:
     test: tuple[Document, ...]
 
 
-class _Named(NamedTuple):
+class Named(NamedTuple):
+    """A document while a corpus is put together."""
+
     name: str  # unique, and decides the order
     text: str
 
 
-class _Module(NamedTuple):
+class Module(NamedTuple):
+    """A module of Python, taken apart."""
+
     name: str
     prose: str  # its docstrings
     code: str  # its source without them
@@ -80,12 +84,12 @@ def build(
     report = progress or (lambda done, total, label: None)
     modules = _read_modules(stdlib, pool_characters, report)
     topics = _topics()
-    prose = _without_near_duplicates([*topics, *(_Named(m.name, m.prose) for m in modules)])
-    validation, prose = _hold_out(prose)
-    test, prose = _hold_out(prose)
+    prose = without_near_duplicates([*topics, *(Named(m.name, m.prose) for m in modules)])
+    validation, prose = hold_out(prose)
+    test, prose = hold_out(prose)
     held_out = {document.name for document in chain(validation, test)}
     least = _LEAST_HELD_OUT * HELD_OUT_CHARACTERS
-    code = list(chain.from_iterable(_chunks(m.name, m.code) for m in modules if m.name not in held_out))
+    code = list(chain.from_iterable(chunks(m.name, m.code) for m in modules if m.name not in held_out))
     tables = _tables(stdlib)
     pools = {"prose": prose, "code": code, "tables": tables}
     if min(_size(validation), _size(test)) < least or not all(pools.values()):
@@ -95,8 +99,8 @@ def build(
         )
     # The scarcest source decides the size, so that the shares hold.
     size = min(pool_characters, *(int(_size(pool) / SHARES[source]) for source, pool in pools.items()))
-    pools = {source: _first(pool, int(size * SHARES[source])) for source, pool in pools.items()}
-    pools["noise"] = _shuffled(list(chain.from_iterable(pools.values())), int(size * SHARES["noise"]))
+    pools = {source: first(pool, int(size * SHARES[source])) for source, pool in pools.items()}
+    pools["noise"] = shuffled(list(chain.from_iterable(pools.values())), int(size * SHARES["noise"]))
     report(1, 1, "built-in corpus")
     return BuiltinCorpus(
         train=tuple(Document(document.text, source) for source, pool in pools.items() for document in pool),
@@ -108,15 +112,15 @@ def build(
 # ---- The standard library's modules ---------------------------------------------------------------------------------
 
 
-def _read_modules(stdlib: Path, pool_characters: int, report: Progress) -> list[_Module]:
+def _read_modules(stdlib: Path, pool_characters: int, report: Progress) -> list[Module]:
     """Modules in a fixed, mixed order, until there is prose and code enough for pool and held-out sets."""
-    files = _in_mixed_order([_Named(str(path.relative_to(stdlib)), "") for path in _source_files(stdlib)])
+    files = in_mixed_order([Named(str(path.relative_to(stdlib)), "") for path in _source_files(stdlib)])
     wanted_prose = pool_characters * SHARES["prose"] + 2 * HELD_OUT_CHARACTERS
     wanted_code = 1.5 * pool_characters * SHARES["code"]  # held-out modules give none
-    modules: list[_Module] = []
+    modules: list[Module] = []
     prose = code = 0
     for file in files:
-        module = _read_module(stdlib / file.name, file.name)
+        module = read_module(stdlib / file.name, file.name)
         if module is None:
             continue
         modules.append(module)
@@ -135,7 +139,7 @@ def _source_files(stdlib: Path) -> Iterator[Path]:
         yield from (Path(folder, file) for file in sorted(files) if file.endswith(".py"))
 
 
-def _read_module(path: Path, name: str) -> _Module | None:
+def read_module(path: Path, name: str) -> Module | None:
     try:
         source = path.read_text("utf-8")
         with warnings.catch_warnings():  # about other people's escapes; and no filter may change the corpus
@@ -150,7 +154,7 @@ def _read_module(path: Path, name: str) -> _Module | None:
         prose.append(inspect.cleandoc(str(docstring.value)))
         first, last = docstring.lineno - 1, docstring.end_lineno or docstring.lineno
         lines[first:last] = [""] * (last - first)
-    return _Module(name, _clean_prose("\n\n".join(prose)), "".join(lines))
+    return Module(name, _clean_prose("\n\n".join(prose)), "".join(lines))
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.Constant]:
@@ -167,13 +171,13 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 # ---- Prose ----------------------------------------------------------------------------------------------------------
 
 
-def _topics() -> list[_Named]:
+def _topics() -> list[Named]:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
         logger.warning("built-in corpus: pydoc_data.topics is not installed; its prose is docstrings only")
         return []
-    return [_Named(f"topic:{name}", _clean_prose(text)) for name, text in sorted(topics.items())]
+    return [Named(f"topic:{name}", _clean_prose(text)) for name, text in sorted(topics.items())]
 
 
 def _clean_prose(text: str) -> str:
@@ -192,11 +196,11 @@ def _is_prose(paragraph: str) -> bool:
     return wordlike >= 0.85 * len(paragraph)
 
 
-def _without_near_duplicates(documents: list[_Named]) -> list[_Named]:
+def without_near_duplicates(documents: list[Named]) -> list[Named]:
     """The documents less every paragraph that shares a run of words with an earlier one, in a mixed order."""
     seen: set[str] = set()
-    kept: list[_Named] = []
-    for document in _in_mixed_order(documents):
+    kept: list[Named] = []
+    for document in in_mixed_order(documents):
         paragraphs: list[str] = []
         for paragraph in _paragraphs(document.text):
             runs = shingles(paragraph)
@@ -204,7 +208,7 @@ def _without_near_duplicates(documents: list[_Named]) -> list[_Named]:
                 paragraphs.append(paragraph)
                 seen.update(runs)
         if paragraphs:
-            kept.append(_Named(document.name, "\n\n".join(paragraphs)))
+            kept.append(Named(document.name, "\n\n".join(paragraphs)))
     return kept
 
 
@@ -215,10 +219,10 @@ def shingles(text: str) -> set[str]:
     return {" ".join(words[start : start + _SHINGLE_WORDS]) for start in starts}
 
 
-def _hold_out(documents: list[_Named]) -> tuple[list[_Named], list[_Named]]:
+def hold_out(documents: list[Named]) -> tuple[list[Named], list[Named]]:
     """(held out, the rest): whole documents of middling length, as many as fill the quota."""
-    held_out: list[_Named] = []
-    rest: list[_Named] = []
+    held_out: list[Named] = []
+    rest: list[Named] = []
     size = 0
     for document in documents:
         if size < HELD_OUT_CHARACTERS and _CHUNK_CHARACTERS // 10 <= len(document.text) <= _LONGEST_HELD_OUT:
@@ -232,7 +236,7 @@ def _hold_out(documents: list[_Named]) -> tuple[list[_Named], list[_Named]]:
 # ---- Tables and noise -----------------------------------------------------------------------------------------------
 
 
-def _tables(stdlib: Path) -> list[_Named]:
+def _tables(stdlib: Path) -> list[Named]:
     """Chunks of mapping tables, character listings, calendars and number tables, mixed."""
     tables = {
         "encodings": _encodings(stdlib),
@@ -242,7 +246,7 @@ def _tables(stdlib: Path) -> list[_Named]:
         "squares": "".join(f"{n:6d} {n * n:10d} {n**3:14d} {n**0.5:10.5f} {1 / n:10.7f}\n" for n in range(1, 2001)),
         "products": "".join(f"{a:3d} x {b:3d} = {a * b:5d}\n" for a in range(2, 60) for b in range(2, 60)),
     }
-    return _in_mixed_order(list(chain.from_iterable(_chunks(name, text) for name, text in tables.items())))
+    return in_mixed_order(list(chain.from_iterable(chunks(name, text) for name, text in tables.items())))
 
 
 def _encodings(stdlib: Path) -> str:
@@ -284,46 +288,46 @@ def _calendar(year: int) -> str:
     return "\n".join(months)
 
 
-def _shuffled(documents: list[_Named], characters: int) -> list[_Named]:
+def shuffled(documents: list[Named], characters: int) -> list[Named]:
     """Copies of the documents, their pieces of up to three characters (about a token) in random order."""
-    copies: list[_Named] = []
+    copies: list[Named] = []
     size = 0
-    for document in _in_mixed_order([_Named(f"noise:{d.name}", d.text) for d in documents]):
+    for document in in_mixed_order([Named(f"noise:{d.name}", d.text) for d in documents]):
         if size >= characters:
             break
         pieces = re.findall(r"\s*\S{1,3}", "\n" + document.text)
         if len(pieces) < 20:
             continue
         random.Random(document.name).shuffle(pieces)
-        copies.append(_Named(document.name, "".join(pieces).strip()))
+        copies.append(Named(document.name, "".join(pieces).strip()))
         size += len(copies[-1].text)
-    return _first(copies, characters)
+    return first(copies, characters)
 
 
 # ---- Sizes and order ------------------------------------------------------------------------------------------------
 
 
-def _in_mixed_order(documents: list[_Named]) -> list[_Named]:
+def in_mixed_order(documents: list[Named]) -> list[Named]:
     """Sorted by a hash of the name: as good as shuffled, equal everywhere, and little changed by one file more."""
     return sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
 
 
-def _size(documents: list[_Named]) -> int:
+def _size(documents: list[Named]) -> int:
     return sum(len(document.text) for document in documents)
 
 
-def _first(documents: list[_Named], characters: int) -> list[_Named]:
+def first(documents: list[Named], characters: int) -> list[Named]:
     """The first documents, `characters` in all; the last one is cut."""
-    kept: list[_Named] = []
+    kept: list[Named] = []
     for document in documents:
         if characters <= 0:
             break
-        kept.append(_Named(document.name, document.text[:characters]))
+        kept.append(Named(document.name, document.text[:characters]))
         characters -= len(document.text)
     return kept
 
 
-def _chunks(name: str, text: str) -> Iterator[_Named]:
+def chunks(name: str, text: str) -> Iterator[Named]:
     """The text in pieces of about 4,000 characters that end at ends of lines."""
     piece: list[str] = []
     size = number = 0
@@ -331,7 +335,7 @@ def _chunks(name: str, text: str) -> Iterator[_Named]:
         piece.append(line)
         size += len(line)
         if size >= _CHUNK_CHARACTERS:
-            yield _Named(f"{name}:{number}", "".join(piece))
+            yield Named(f"{name}:{number}", "".join(piece))
             piece, size, number = [], 0, number + 1
     if "".join(piece).strip():
-        yield _Named(f"{name}:{number}", "".join(piece))
+        yield Named(f"{name}:{number}", "".join(piece))

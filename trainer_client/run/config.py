@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer_client.cadence import Cadence
+from trainer_client.run.variants import BEGINNINGS, LABELS, METHODS, MODES, ROLES, Variant, label_of, variant_of
 from trainer_client.transports import check_url
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.spec import check_name
 
-METHODS = ("dwm", "uniform")
 HYPERGRADIENTS = ("finite_difference", "jvp", "exact")
 SCHEDULES = ("online", "staged")
 LR_SCHEDULES = ("constant", "cosine")  # constant: the loss at a step does not depend on how many are to come
@@ -49,8 +50,11 @@ class RunConfig:
     tokenizer: str = _flag("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the data)")
     vocab_size: int = _flag(1024, "entries of a tokenizer that is trained here", least=1)
 
-    method: str = _flag("dwm", "how samples are weighted", METHODS)
-    compare: str = _flag("", "also run this method from the same seed and data order", ("uniform",))
+    method: str = _flag("dwm", "dwm: a learned weighter; uniform: none; dsir: fixed n-gram likeness", METHODS)
+    mode: str = _flag("select", "choose the batch from candidates, weight the samples inside it, or both", MODES)
+    compare: tuple[str, ...] = _flag(
+        (), f"also run these from the same seed and data order: {', '.join(LABELS)}", LABELS
+    )
     steps: int = _flag(600, "optimiser steps", least=1)
     batch_size: int = _flag(32, "samples a step", least=1)
     seq_len: int = _flag(64, "tokens a sample", least=1)
@@ -61,9 +65,20 @@ class RunConfig:
 
     weighter: str = _flag("embedded", "embedded, embedded:///STATE, grpc://HOST:PORT or http://HOST:PORT")
     weighter_name: str = _flag("default", "name of the weighter; it is created where it does not exist")
+    weighter_from: str = _flag("pretaught", "what the weighter starts from: pretaught, or none (fresh)", BEGINNINGS)
+    role: str = _flag("learn", "learn: it is taught by this run; frozen: it only scores", ROLES)
+    candidates: int = _flag(5, "selection: candidates a place in the batch", least=1)
+    probes: int = _flag(4, "selection: samples of a batch that are drawn evenly, to measure the trust", least=0)
+    ahead: int = _flag(2, "selection: steps that candidates are scored ahead of training", least=0)
+    select_min_share: float = _flag(0.1, "selection: least effective share of the candidates")
+    reference: str = _flag(
+        "auto", "selection: auto (trained on the data, cached), a reference's folder, or its name at the service"
+    )
+    profile: str = _flag("", "selection: file of a target profile (default: made of the validation documents)")
     on_failure: str = _flag("uniform", "without an answer: uniform weights, or stop", ("uniform", "raise"))
     hypergradient: str = _flag("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
     meta_every: int = _flag(4, "steps between meta-updates", least=1)
+    meta_first: int = _flag(48, "selection: first steps, which have a meta-update each", least=0)
     meta_batch: int = _flag(16, "samples of the batch that a meta-update carries")
     val_batch: int = _flag(8, "validation samples behind a cotangent", least=1)
     schedule: str = _flag("online", "teach during training, or between stages of pinned weights", SCHEDULES)
@@ -84,21 +99,16 @@ class RunConfig:
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             least, most = f.metadata["least"], f.metadata["most"]
-            if choices and value not in choices and value != f.default:
-                raise InvalidArgument(f"{flag(f.name)} is {value!r}, expected one of {', '.join(choices)}")
+            for item in value if isinstance(value, tuple) else (value,):
+                if choices and item not in choices:
+                    raise InvalidArgument(f"{flag(f.name)} is {item!r}, expected one of {', '.join(choices)}")
             if least is not None and value < least:
                 raise InvalidArgument(f"{flag(f.name)} is {value}, expected {least} or more")
             if most is not None and value > most:
                 raise InvalidArgument(f"{flag(f.name)} is {value}, expected at most {most}")
         if not 0 < self.lr <= 1:
             raise InvalidArgument(f"--lr is {self.lr}, expected more than 0 and at most 1")
-        if not 2 <= self.meta_batch <= self.batch_size and self.method == "dwm":
-            raise InvalidArgument(
-                f"--meta-batch is {self.meta_batch}, expected from 2 to --batch-size ({self.batch_size}): "
-                "a meta-update carries samples of the step's batch"
-            )
-        if self.compare == self.method:
-            raise InvalidArgument(f"--compare {self.compare} needs another --method than {self.method}")
+        self._check_variants()
         if self.schedule == "staged" and self.stages > self.steps:
             raise InvalidArgument(f"--stages is {self.stages}, expected at most --steps ({self.steps})")
         if self.resume and self.overwrite:
@@ -112,20 +122,61 @@ class RunConfig:
         self._check_weighter()
         return self
 
+    def _check_variants(self) -> None:
+        for i, label in enumerate(self.compare):
+            if label == self.main.label or label in self.compare[:i]:
+                raise InvalidArgument(f"--compare {label} is there already: this job's runs must differ")
+        learned = [v for v in self.variants if v.learned]
+        if not 2 <= self.meta_batch <= self.batch_size and learned:
+            raise InvalidArgument(
+                f"--meta-batch is {self.meta_batch}, expected from 2 to --batch-size ({self.batch_size}): "
+                "a meta-update carries samples of the step's batch"
+            )
+        for variant in learned:
+            if self.schedule == "staged" and variant.mode != "weight":
+                raise InvalidArgument(
+                    f"--schedule staged goes with --mode weight only, but the run {variant.label!r} selects"
+                )
+        self._check_selection(any(v.selects for v in learned))
+
+    def _check_selection(self, selects: bool) -> None:
+        if not 0 <= self.select_min_share <= 1:
+            raise InvalidArgument(f"--select-min-share is {self.select_min_share}, expected from 0 to 1")
+        if selects and self.probes > self.batch_size:
+            raise InvalidArgument(f"--probes is {self.probes}, expected at most --batch-size ({self.batch_size})")
+        if not self.reference:
+            raise InvalidArgument("--reference is empty, expected auto, a folder, or a name at the service")
+        if self.profile and not selects:
+            raise InvalidArgument("--profile is for runs that select, and none of this job's does: leave it out")
+
     def _check_weighter(self) -> None:
         try:
             check_url(self.weighter)
         except InvalidArgument as exc:
             raise InvalidArgument(f"--weighter: {exc.message}") from exc
         check_name(self.weighter_name, "--weighter-name")
+        for variant in self.variants:  # the longest names are made of it
+            if variant.learned:
+                check_name(variant.inner_weighter, f"--weighter-name, with what the run {variant.label!r} adds,")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without what only concerns the start (resume, overwrite)."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("resume", "overwrite")}
 
+    def cadence(self, variant: Variant) -> Cadence:
+        """The steps in which the weighter of a variant is taught. Inside a batch it is not in a hurry."""
+        return Cadence(self.meta_every, self.meta_first if variant.selects else 0)
+
     @property
-    def methods(self) -> tuple[str, ...]:
-        return (self.method, self.compare) if self.compare else (self.method,)
+    def main(self) -> Variant:
+        """What the job is about; its weighter is exported."""
+        label = label_of(self.method, self.mode, self.weighter_from)
+        return variant_of(label, self.weighter_name, self.role)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """All runs of the job, the main one first; those that it is compared with have weighters of their own."""
+        return (self.main, *(variant_of(label, f"{self.weighter_name}-{label}") for label in self.compare))
 
 
 # May differ between the two halves of a resumed run. Device and threads may not: sums would round differently.
@@ -168,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         if hint is bool:
             parser.add_argument(flag(f.name), action="store_true", help=text)
             continue
-        if "default" not in text and f.default != "":
+        if "default" not in text and f.default not in ("", ()):
             default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
             text += f" (default: {default})"
         many = {"nargs": "+"} if hint not in (int, float, str) else {}
@@ -207,8 +258,14 @@ def load(path: Path) -> RunConfig:
         values: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         config = RunConfig(**fields)
+        missing = sorted(set(config.to_dict()) - set(fields))
     except (ValueError, KeyError, TypeError) as exc:
         raise InvalidArgument(f"{path} is not the settings of a run: {exc}") from exc
+    if missing:
+        raise InvalidArgument(
+            f"{path} is the config.json of an earlier version, whose runs can't be continued (it lacks "
+            f"{', '.join(missing)}): start the run anew in another --out, or with --overwrite"
+        )
     for name, hint in typing.get_type_hints(RunConfig).items():
         value = getattr(config, name)
         if not _is_of(value, hint):

@@ -1,8 +1,8 @@
-"""The training loop: forward, weights, weighted loss, backward, teaching, optimiser step; exact on resume.
+"""The training loop: samples, forward, weights, weighted loss, backward, teaching, optimiser step; exact on resume.
 
-Everything that happens in a step derives from (seed, step) and the weights of the step's record; there is no other
-randomness, and dropout is off: a cotangent compares two evaluations of one function. Knows the weigher and the teacher
-by what they do, not what stands behind them.
+Everything that happens in a step derives from (seed, step) and the step's records of samples and weights; there is no
+other randomness, and dropout is off: a cotangent compares two evaluations of one function. Knows the chooser, the
+weigher and the teacher by what they do, not what stands behind them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from trainer_client.loss import per_sample_loss, weighted_loss
 from trainer_client.run import checkpoint
+from trainer_client.run.choose import Chooser
 from trainer_client.run.config import RunConfig
 from trainer_client.run.evaluate import fixed_subset, mean_loss
 from trainer_client.run.forward import token_losses
@@ -38,9 +39,8 @@ _FINAL_LR_SHARE = 0.1
 class Interrupted(Exception):
     """The run was asked to stop; a checkpoint of everything up to `step` is written."""
 
-    def __init__(self, method: str, step: int) -> None:
-        super().__init__(f"the {method} run stopped after step {step}")
-        self.method, self.step = method, step
+    def __init__(self, label: str, step: int) -> None:
+        super().__init__(f"the {label} run stopped after step {step}")
 
 
 @dataclass
@@ -83,13 +83,14 @@ def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Op
 
 
 class Loop:
-    """One method's run from its newest checkpoint (or the beginning) to the last step."""
+    """One run from its newest checkpoint (or the beginning) to the last step."""
 
     def __init__(
         self,
         config: RunConfig,
         task: Task,
         model: torch.nn.Module,
+        chooser: Chooser,
         weigher: Weigher,
         teacher: Teacher | None,
         folder: Path,
@@ -97,11 +98,11 @@ class Loop:
         """
         Args:
             model: fresh, on its device; the newest checkpoint in `folder`, if there is one, is loaded into it.
-            teacher: None for a method that does not teach.
-            folder: of this method's files.
+            teacher: None for a run without a weighter.
+            folder: of this run's files; its name is the run's.
         """
         self.config, self.task, self.model = config, task, model.eval()
-        self.weigher, self.teacher, self.folder = weigher, teacher, folder
+        self.chooser, self.weigher, self.teacher, self.folder = chooser, weigher, teacher, folder
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(model, config)
         self.totals = Totals()
@@ -109,6 +110,7 @@ class Loop:
         state = checkpoint.load_newest(folder / "checkpoints", model, self.optimizer)
         if state is not None:
             self.step, self.totals = state["step"], Totals(**state["totals"])
+            chooser.load_state_dict(state["chooser"])
             weigher.load_state_dict(state["weigher"])
             if teacher is not None:
                 teacher.load_state_dict(state["teacher"])
@@ -138,7 +140,7 @@ class Loop:
                     with self.totals.timed("wall_seconds"):
                         self._save()
                 if stopping:
-                    raise Interrupted(self.weigher.method, self.step)
+                    raise Interrupted(self.folder.name, self.step)
 
     def _next_step(self) -> dict[str, Any]:
         """Trains one step; its metrics."""
@@ -151,20 +153,22 @@ class Loop:
         return {"step": self.step, **line}
 
     def _train_step(self) -> dict[str, Any]:
-        tokens = self.task.batch(self.step, self.device)  # [B, T+1]
+        with self.totals.timed("score_seconds"):
+            choice = self.chooser.choose(self.step)
+        tokens = self.task.tokens(choice.indices, self.device)  # [B, T+1]
         losses = token_losses(self.model, tokens)  # [B, T]
         with self.totals.timed("score_seconds"):
-            said = self.weigher.weigh(self.step, losses.detach(), tokens[:, 1:])
-        self.totals.fallback_steps += said.fallback
-        weights = torch.from_numpy(said.weights).to(self.device)
+            said = self.weigher.weigh(self.step, losses.detach(), tokens)
+        fallback = choice.fallback or said.fallback
+        self.totals.fallback_steps += fallback
         samples = per_sample_loss(losses)  # [B]
-        loss = weighted_loss(samples, weights)
+        loss = weighted_loss(samples, torch.from_numpy(said.values).to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.teacher is not None and self.teacher.teaches_at(self.step):
             with self.totals.timed("meta_seconds"):
                 # Before the optimiser step: the losses of the training forward are those of theta.
-                self.teacher.teach(self.step, tokens, losses.detach(), said.position, self._learning_rate())
+                self.teacher.teach(self.step, tokens, losses.detach(), choice.probes, self._learning_rate())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRADIENT_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
@@ -174,10 +178,11 @@ class Loop:
             "weighted_loss": float(loss.detach()),
             "gradient_norm": float(norm),
             "learning_rate": self._learning_rate(),
-            "effective_sample_size": float(said.weights.sum() ** 2 / (said.weights**2).sum()),
-            "position": said.position,
-            "fallback": int(said.fallback),
-            "mean_weight": self.task.mean_by_source(self.step, said.weights),
+            "effective_sample_size": float(said.values.sum() ** 2 / (said.values**2).sum()),
+            "fallback": int(fallback),
+            "mean_weight": self.task.mean_by_source(choice.indices, said.values),
+            **choice.metrics,
+            **said.metrics,
         }
 
     def _learning_rate(self) -> float:
@@ -193,7 +198,13 @@ class Loop:
         }
 
     def _save(self) -> None:
-        state = {"totals": asdict(self.totals), "weigher": self.weigher.state_dict()}
+        if self.teacher is not None:
+            self.teacher.flush(self.step)  # a resumed run can't compute those updates again
+        state = {
+            "totals": asdict(self.totals),
+            "chooser": self.chooser.state_dict(),
+            "weigher": self.weigher.state_dict(),
+        }
         if self.teacher is not None:
             state["teacher"] = self.teacher.state_dict()
         checkpoint.save(self.folder / "checkpoints", self.step, self.model, self.optimizer, state)

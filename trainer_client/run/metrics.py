@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Metrics:
-    """Writes the metrics of one method's run, open from `start_step` on."""
+    """Writes the metrics of one run, open from `start_step` on."""
 
     def __init__(self, path: Path, events: Path, start_step: int) -> None:
         """Opens `path` (JSON lines) and a TensorBoard writer in the folder `events`.

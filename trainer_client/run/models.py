@@ -6,6 +6,7 @@ model's own is never run.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,21 @@ def llama_config(size: Size, vocab_size: int, seq_len: int) -> LlamaConfig:
 def count_parameters(model: nn.Module) -> int:
     """Trainable parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_config_parameters(config: bytes) -> int:
+    """Trainable parameters of the model that a config.json of transformers describes, without making any.
+
+    Raises:
+        InvalidArgument: the bytes are no config of a causal LM.
+    """
+    try:
+        values: dict[str, Any] = json.loads(config)
+        described = AutoConfig.for_model(values.pop("model_type"), **values)
+        with torch.device("meta"):
+            return count_parameters(_auto_model.from_config(described, trust_remote_code=False))
+    except Exception as exc:  # not JSON, unknown model type, values of the wrong kind
+        raise InvalidArgument(f"config.json is not the config of a causal LM: {_first_line(exc)}") from exc
 
 
 def _fresh(config: PretrainedConfig, seed: int) -> PreTrainedModel:

@@ -1,10 +1,11 @@
-"""weights.png: how much each source counts over the steps of a run, and how concentrated the weights are.
+"""weights.png: how much each source counts over the steps of a run, and what stands behind it.
 
 Arrays in, a picture out; knows nothing of runs.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,37 +17,53 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _INK, _FAINT = "#333333", "#DDDDDD"
 
 
-def plot_weights(path: Path, weights: np.ndarray, sources: np.ndarray, names: list[str], title: str) -> None:
-    """Writes the picture.
+@dataclass(frozen=True)
+class SourceHistory:
+    """What a run was trained on, step by step."""
+
+    weights: np.ndarray  # [S, B], mean 1 in a row
+    sources: np.ndarray  # [S, B] of the samples trained on, indices into names
+    drawn: np.ndarray  # [S, D] of those that these were chosen from; equal to sources where the batch was as drawn
+    names: list[str]
+
+
+def plot_sources(path: Path, history: SourceHistory, title: str, trust: np.ndarray | None = None) -> None:
+    """Writes the picture: enrichment of the sources on top, below it effective samples or, where given, the trust.
 
     Args:
         path: the PNG to write.
-        weights: [S, B], the weights of each step, mean 1 in a row.
-        sources: [S, B], indices into `names`.
-        names: of the sources.
+        history: of at least one step.
         title: of the picture.
+        trust: [S] in [0, 1], of runs that select.
     """
-    steps = np.arange(1, len(weights) + 1)
-    window = max(1, len(weights) // 15)
+    count, batch = history.weights.shape
+    steps = np.arange(1, count + 1)
+    window = max(1, count // 15)
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    means = {name: smoothed_mean(weights, sources == i, window) for i, name in enumerate(names) if (sources == i).any()}
-    for colour, name in zip(_COLOURS * len(means), sorted(means, key=lambda n: -means[n][-1]), strict=False):
-        top.plot(steps, means[name], color=colour, linewidth=2, label=f"{name}  {means[name][-1]:.2f}")
+    curves = {
+        name: enrichment(history, i, window) for i, name in enumerate(history.names) if (history.drawn == i).any()
+    }
+    for colour, name in zip(_COLOURS * len(curves), sorted(curves, key=lambda n: -curves[n][-1]), strict=False):
+        top.plot(steps, curves[name], color=colour, linewidth=2, label=f"{name}  {curves[name][-1]:.2f}")
     top.axhline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     top.set_ylim(bottom=0)
-    top.set_ylabel("mean weight")
+    top.set_ylabel("mean weight" if trust is None else "share in the batch /\nshare in the candidates")
     top.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK)
     top.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, title="source, at the end", alignment="left")
-    share = 100 * weights.sum(1) ** 2 / (weights**2).sum(1) / weights.shape[1]
-    bottom.plot(steps, share, color=_FAINT, linewidth=0.8)
-    bottom.plot(steps, smoothed_mean(share[:, None], np.ones((len(share), 1), bool), window), color=_INK, linewidth=1.6)
+    if trust is None:
+        share = 100 * history.weights.sum(1) ** 2 / (history.weights**2).sum(1) / batch
+        bottom.plot(steps, share, color=_FAINT, linewidth=0.8)
+        bottom.plot(steps, _smoothed(share, window), color=_INK, linewidth=1.6)
+        bottom.set_ylabel("effective\nsamples, %")
+    else:
+        bottom.plot(steps, 100 * trust, color=_INK, linewidth=1.6)
+        bottom.set_ylabel("trust, %")
     bottom.set_ylim(0, 105)
-    bottom.set_ylabel("effective\nsamples, %")
     bottom.set_xlabel(f"optimiser step (averages over {window} steps; dashed: uniform)")
     for axes in (top, bottom):
-        axes.set_xlim(1, max(2, len(weights)))
+        axes.set_xlim(1, max(2, count))
         axes.grid(axis="y", color=_FAINT, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -54,17 +71,26 @@ def plot_weights(path: Path, weights: np.ndarray, sources: np.ndarray, names: li
     figure.savefig(path)
 
 
-def smoothed_mean(values: np.ndarray, chosen: np.ndarray, window: int) -> np.ndarray:
-    """[S] mean of the chosen values over the last `window` steps; not a number before the first chosen one.
+def enrichment(history: SourceHistory, source: int, window: int) -> np.ndarray:
+    """[S] share of a source in what was trained on (weight x count) over its share in what was drawn.
 
-    Args:
-        values, chosen: [S, B]; steps count by how many of their values are chosen.
+    Both are sums over the last `window` steps; not a number before the source was first drawn. For a batch that is
+    weighed as drawn this is the source's mean weight.
     """
-    sums = np.cumsum((values * chosen).sum(1, dtype=np.float64))
-    counts = np.cumsum(chosen.sum(1, dtype=np.float64))
+    trained = (history.weights * (history.sources == source)).sum(1, dtype=np.float64) / history.weights.shape[1]
+    drawn = (history.drawn == source).mean(1, dtype=np.float64)
+    above, below = _moving_sum(trained, window), _moving_sum(drawn, window)
+    result = np.full(len(above), np.nan)
+    np.divide(above, below, out=result, where=below > 0.5 / history.drawn.shape[1])  # rounding apart, 0
+    return result
+
+
+def _smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    return _moving_sum(values, window) / np.minimum(np.arange(1, len(values) + 1), window)
+
+
+def _moving_sum(values: np.ndarray, window: int) -> np.ndarray:
+    """[S] sums over the last `window` steps."""
+    sums = np.cumsum(values)
     before = np.arange(len(values)) - window
-    recent_sums = sums - np.where(before >= 0, sums[before], 0)
-    recent_counts = counts - np.where(before >= 0, counts[before], 0)
-    means = np.full(len(values), np.nan)
-    np.divide(recent_sums, recent_counts, out=means, where=recent_counts > 0)
-    return means
+    return np.asarray(sums - np.where(before >= 0, sums[before], 0))

@@ -22,17 +22,17 @@ class JobProgress:
 
     def __init__(self, console: Console, total_steps: int, batch_size: int) -> None:
         self._console, self._total, self._batch_size = console, total_steps, batch_size
-        self._method, self._before, self._val_loss = "", 0, _UNKNOWN
+        self._label, self._before, self._val_loss = "", 0, _UNKNOWN
         self._bar = _bar(console) if console.is_terminal else None
         self._task = self._bar.add_task("", total=total_steps, **_fields()) if self._bar else None
 
-    def start(self, method: str, steps_before: int, step: int) -> None:
+    def start(self, label: str, steps_before: int, step: int) -> None:
         """A run begins at `step`; `steps_before` belong to runs that are finished."""
-        self._method, self._before, self._val_loss = method, steps_before, _UNKNOWN
+        self._label, self._before, self._val_loss = label, steps_before, _UNKNOWN
         if self._bar and self._task is not None:
-            self._bar.update(self._task, description=method, completed=steps_before + step)
+            self._bar.update(self._task, description=label, completed=steps_before + step)
         elif step:
-            self._console.print(f"{method}: goes on after step {step}", highlight=False)
+            self._console.print(f"{label}: goes on after step {step}", highlight=False)
 
     def update(self, line: dict[str, Any]) -> None:
         """Shows the metrics of one step."""
@@ -46,7 +46,7 @@ class JobProgress:
             self._bar.update(self._task, completed=done, **shown)
         elif val_loss is not None:
             numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
-            where = f"{self._method}: step {line['step']} ({done} of {self._total})"
+            where = f"{self._label}: step {line['step']} ({done} of {self._total})"
             self._console.print(f"{where}  {numbers}", highlight=False)
 
     def say(self, text: str) -> None:

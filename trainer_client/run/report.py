@@ -1,6 +1,6 @@
-"""What a finished job has to say: summary.json, and the table that a user sees.
+"""What a finished job has to say: summary.json, and the numbers in it.
 
-Works on numbers that runs left behind (metrics lines, summaries); knows nothing of training or of the service.
+Works on numbers that runs left behind (metrics lines, records); knows nothing of training or of the service.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from weighting_contract.errors import InvalidArgument
+
+Curve = Sequence[tuple[int, float, float]]  # step, seconds, loss on fixed samples
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One method's run. Losses are nats a token over all documents; seconds are wall seconds of the training loop."""
+    """One run. Losses are nats a token over all documents; seconds are wall seconds of the training loop."""
 
+    label: str
     method: str
+    mode: str  # of dwm, else empty
+    weighter_from: str  # of dwm, else empty
+    role: str  # of dwm, else empty
+    candidates: int  # a place in the batch; 1: the batch is taken as drawn
     seed: int
     steps: int
     tokens_seen: int
@@ -30,13 +36,18 @@ class RunSummary:
     test_loss: float
     wall_seconds: float  # everything, evaluations and checkpoints too
     train_seconds: float  # training steps: forward to optimiser step, with scoring and teaching
-    score_seconds: float  # features and waiting for weights
+    score_seconds: float  # features and waiting for samples and weights
     meta_seconds: float  # cotangents and handing them over
-    fallback_steps: int  # steps with uniform weights because the weighter did not answer
+    wait_seconds: float  # waiting for candidates that were not scored in time
+    fallback_steps: int  # steps without the weighter, because it did not answer
     meta_updates: int  # handed over
     meta_updates_skipped: int  # their cotangent was degenerate
     effective_sample_size: float  # mean over the last quarter of the steps, in samples
     weights_by_source: dict[str, float]  # mean over the last quarter of the steps
+    shares_by_source: dict[str, float]  # of what was trained on, weight x count, over the last quarter of the steps
+    trust: float | None  # at the last step that the weighter answered; None: it never did, or there is none
+    compute: dict[str, float]  # as of `Compute`
+    reference: dict[str, Any] | None = None  # name, checksum, parameters
     weighter: dict[str, Any] | None = None  # name, version (position), applied_updates, url, client (its counters)
     test_curve: list[tuple[int, float, float]] = field(default_factory=list)  # step, seconds, loss on fixed samples
 
@@ -62,8 +73,8 @@ class Reached:
     seconds: float | None
 
 
-def first_reached(curve: Sequence[tuple[int, float, float]], loss: float) -> Reached:
-    """When a curve of (step, seconds, loss) is first at or below `loss`."""
+def first_reached(curve: Curve, loss: float) -> Reached:
+    """When a curve is first at or below `loss`."""
     before: tuple[int, float, float] | None = None
     for point in curve:
         if point[2] <= loss:
@@ -75,14 +86,28 @@ def first_reached(curve: Sequence[tuple[int, float, float]], loss: float) -> Rea
     return Reached(None, None)
 
 
+def reached_uniform(run: RunSummary, uniform: RunSummary) -> Reached:
+    """When `run` first had the test loss that the uniform run ended with, both on the curve's fixed samples."""
+    return first_reached(run.test_curve, uniform.test_curve[-1][2])
+
+
+def loss_at_compute(run: RunSummary, uniform: RunSummary) -> float:
+    """Test loss of `run` when it had taken as much compute as all of the uniform run, on the curve's fixed samples.
+
+    Every step is taken to cost the same. Linear between evaluations; at the ends, the nearest one.
+    """
+    spent = sum(run.compute[name] for name in ("training_flops", "teaching_flops", "scoring_flops"))
+    steps = run.steps * uniform.compute["training_flops"] / spent
+    return float(np.interp(steps, [p[0] for p in run.test_curve], [p[2] for p in run.test_curve]))
+
+
 def weights_by_source(weights: np.ndarray, sources: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Mean weight of each source's samples over the last quarter of the steps.
 
     Args:
         weights, sources: [S, B]; sources are indices into `names`. A source without samples is left out.
     """
-    tail = len(weights) - max(1, len(weights) // 4)
-    last_weights, last_sources = weights[tail:], sources[tail:]
+    last_weights, last_sources = last_quarter(weights), last_quarter(sources)
     return {
         name: float(last_weights[last_sources == i].mean(dtype=np.float64))
         for i, name in enumerate(names)
@@ -90,63 +115,38 @@ def weights_by_source(weights: np.ndarray, sources: np.ndarray, names: Sequence[
     }
 
 
+def shares_by_source(weights: np.ndarray, sources: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Share of each source in what was trained on, weight x count, over the last quarter of the steps.
+
+    It says the same of selected and of weighted batches. Args as of `weights_by_source`; the shares add up to 1.
+    """
+    last_weights, last_sources = last_quarter(weights).astype(np.float64), last_quarter(sources)
+    total = last_weights.sum()
+    return {name: float(last_weights[last_sources == i].sum() / total) for i, name in enumerate(names)}
+
+
 def mean_effective_size(weights: np.ndarray) -> float:
     """Mean effective sample size over the last quarter of the steps; weights [S, B]."""
-    last = weights[len(weights) - max(1, len(weights) // 4) :].astype(np.float64)
+    last = last_quarter(weights).astype(np.float64)
     return float((last.sum(1) ** 2 / (last**2).sum(1)).mean())
 
 
-def job_summary(runs: dict[str, RunSummary], method: str) -> dict[str, Any]:
-    """The contents of a job's summary.json: the method's own summary, and beside it those it is compared with."""
-    summary = asdict(runs[method])
-    others = {name: asdict(run) for name, run in runs.items() if name != method}
+def last_quarter(values: np.ndarray) -> np.ndarray:
+    """The rows of the last quarter of the steps, at least one; values [S, ...]."""
+    return values[len(values) - max(1, len(values) // 4) :]
+
+
+def job_summary(runs: dict[str, RunSummary], main: str) -> dict[str, Any]:
+    """The contents of a job's summary.json: the main run's summary, and beside it those it is compared with."""
+    summary = asdict(runs[main])
+    others = {label: asdict(run) for label, run in runs.items() if label != main}
     if others:
         summary["compare"] = others
     if "uniform" in others:
-        reached = reached_uniform(runs[method], runs["uniform"])
+        reached = reached_uniform(runs[main], runs["uniform"])
         summary["steps_to_uniform_loss"], summary["seconds_to_uniform_loss"] = reached.steps, reached.seconds
+        summary["loss_at_uniform_compute"] = loss_at_compute(runs[main], runs["uniform"])
     return summary
-
-
-def reached_uniform(run: RunSummary, uniform: RunSummary) -> Reached:
-    """When `run` first had the test loss that the uniform run ended with, both on the curve's fixed samples."""
-    return first_reached(run.test_curve, uniform.test_curve[-1][2])
-
-
-def table(runs: dict[str, RunSummary], method: str) -> Table:
-    """A rich table of the runs side by side, uniform first."""
-    shown = [runs[name] for name in sorted(runs, key=lambda name: name == method)]
-    result = Table(title=f"{' against '.join(r.method for r in shown)}, seed {shown[0].seed}", title_justify="left")
-    result.add_column("")
-    for run in shown:
-        result.add_column(run.method, justify="right")
-
-    def row(name: str, values: list[str], last: bool = False) -> None:
-        result.add_row(name, *values, end_section=last)
-
-    row("test loss", [f"{r.test_loss:.3f}" for r in shown])
-    row("validation loss", [f"{r.val_loss:.3f}" for r in shown])
-    if "uniform" in runs and len(runs) > 1:
-        reached = [reached_uniform(r, runs["uniform"]) for r in shown]
-        row("steps to the uniform run's final loss", [_number(r.steps) for r in reached])
-        row("seconds to it", [_number(r.seconds) for r in reached])
-    row("wall time, s", [f"{r.wall_seconds:.0f}" for r in shown], last=True)
-    names = {name: None for r in shown for name in r.weights_by_source}
-    for i, name in enumerate(names):
-        values = [f"{r.weights_by_source[name]:.2f}" if name in r.weights_by_source else "-" for r in shown]
-        row(f"mean weight of {name}*", values, last=i == len(names) - 1)
-    row("effective sample size*", [f"{r.effective_sample_size:.1f}" for r in shown])
-    result.caption = "* over the last quarter of the steps; shares are of the time of the training steps"
-    result.caption_justify = "left"
-    if not any(r.weighter for r in shown):
-        return result
-    row("scoring, s", [_time_share(r.score_seconds, r) for r in shown])
-    row("teaching, s", [_time_share(r.meta_seconds, r) for r in shown])
-    updates = [f"{r.meta_updates} ({r.meta_updates_skipped})" if r.weighter else "-" for r in shown]
-    row("meta-updates (degenerate)", updates)
-    row("acknowledged of sent since the last start", [_acknowledged(r) for r in shown])
-    row("steps without the weighter", [str(r.fallback_steps) if r.weighter else "-" for r in shown])
-    return result
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -154,18 +154,3 @@ def write_json(path: Path, values: Any) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _number(value: float | None) -> str:
-    return "never" if value is None else f"{value:.0f}"
-
-
-def _acknowledged(run: RunSummary) -> str:
-    if run.weighter is None:
-        return "-"
-    counts = run.weighter["client"]
-    return f"{counts['updates_acknowledged']} of {counts['updates_sent']}"
-
-
-def _time_share(seconds: float, run: RunSummary) -> str:
-    return f"{seconds:.1f} ({100 * seconds / run.train_seconds:.0f} %)" if run.weighter else "-"

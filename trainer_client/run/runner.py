@@ -1,38 +1,48 @@
-"""A whole job: data, one run a method, and the files that they leave. Puts the parts of this package together."""
+"""A whole job: data, reference, a run for each variant, and their files. Puts the parts of this package together."""
 
 from __future__ import annotations
 
-import os
+import copy
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from rich.console import Console
 
+from trainer_client.run.choose import AsDrawn, Chooser, MostAlike, Selected
 from trainer_client.run.config import RunConfig
-from trainer_client.run.evaluate import mean_loss
+from trainer_client.run.data import Progress
+from trainer_client.run.device import set_up_torch
 from trainer_client.run.loop import Loop
 from trainer_client.run.metrics import read_metrics
-from trainer_client.run.models import build_model
-from trainer_client.run.plot import plot_weights
+from trainer_client.run.models import build_model, count_parameters
+from trainer_client.run.plot import SourceHistory, plot_sources
 from trainer_client.run.progress import JobProgress, preparing
-from trainer_client.run.recorder import Recorder, read_records
-from trainer_client.run.report import RunSummary, job_summary, mean_effective_size, weights_by_source, write_json
-from trainer_client.run.session import WeighterSession, check_weighter
+from trainer_client.run.recorder import Recorder
+from trainer_client.run.reference import RunReference, given_reference, trained_reference
+from trainer_client.run.report import RunSummary, job_summary, write_json
+from trainer_client.run.session import WeighterSession, check_service
 from trainer_client.run.signals import StopOnSignal
+from trainer_client.run.summarise import source_history, summarise
+from trainer_client.run.target import job_profile
 from trainer_client.run.task import Task, build_task
-from trainer_client.run.teach import Teacher
-from trainer_client.run.weigh import LearnedWeigher, UniformWeigher
+from trainer_client.run.teach import Learner, Teacher
+from trainer_client.run.variants import Variant
+from trainer_client.run.weigh import Even, Learned, Weigher
 from trainer_client.run.workspace import Workspace, check_workspace, open_workspace
-from weighting_contract.errors import InvalidArgument
+from weighting_contract.profile import Profile
+from weighting_contract.reference import write_reference
+
+logger = logging.getLogger(__name__)
+
+_LARGE_REFERENCE = 0.5  # of the trainer's parameters; a tenth is what is aimed at
 
 
 def run_job(config: RunConfig, console: Console, stop: StopOnSignal) -> dict[str, RunSummary]:
-    """Runs every method of `config` that is not finished yet and writes the job's files; summaries by method.
+    """Runs every variant of `config` that is not finished yet and writes the job's files; summaries by label.
 
     Raises:
         Interrupted: a signal came during training; the run can be resumed.
@@ -42,121 +52,136 @@ def run_job(config: RunConfig, console: Console, stop: StopOnSignal) -> dict[str
     device = set_up_torch(config)
     check_workspace(config)
     with preparing(console) as progress:
-        task = build_task(config, progress)
-    _build_model(config, task)  # mistakes are found here, before an old run is replaced
-    if "dwm" in config.methods and not config.resume:
-        check_weighter(config)
+        job = _prepare(config, device, progress)  # mistakes are found here, before an old run is replaced
+    if any(variant.learned for variant in config.variants) and not config.resume:
+        check_service(config, job.reference)
     with open_workspace(config) as workspace:
-        task.tokenizer.save(workspace.tokenizer)
-        return _run_methods(config, workspace, task, device, console, stop)
+        job.task.tokenizer.save(workspace.tokenizer)
+        if job.reference and job.reference.files:
+            write_reference(workspace.reference, job.reference.files, replace=True)
+        return _run_variants(job, workspace, console, stop)
 
 
-def _run_methods(
-    config: RunConfig, workspace: Workspace, task: Task, device: torch.device, console: Console, stop: StopOnSignal
-) -> dict[str, RunSummary]:
+@dataclass(frozen=True)
+class _Job:
+    """What the runs of a job have in common."""
+
+    config: RunConfig
+    task: Task
+    device: torch.device
+    model: torch.nn.Module  # as every run begins
+    reference: RunReference | None  # None: no run selects
+    profile: Profile | None
+
+
+def _prepare(config: RunConfig, device: torch.device, progress: Progress) -> _Job:
+    reference = profile = None
+    selects = any(variant.selects for variant in config.variants)
+    if selects:
+        reference = given_reference(config)
+    task = build_task(config, progress, reference.tokenizer if reference else None)
+    model = build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed)
+    if selects:
+        reference = reference or trained_reference(config, task, device, progress)
+        profile = job_profile(config.profile, task, reference)
+        _warn_of(reference, config, count_parameters(model))
+    return _Job(config, task, device, model, reference, profile)
+
+
+def _warn_of(reference: RunReference, config: RunConfig, parameters: int) -> None:
+    if reference.parameters > _LARGE_REFERENCE * parameters:
+        logger.warning(
+            "the reference has %s parameters and the model %s: scoring will cost more than it should; "
+            "a tenth of the model is plenty",
+            f"{reference.parameters:,}",
+            f"{parameters:,}",
+        )
+    if reference.seq_len < config.seq_len:
+        logger.warning(
+            "the reference reads %d tokens of a sample at most, and --seq-len is %d: the rest has no say",
+            reference.seq_len,
+            config.seq_len,
+        )
+
+
+def _run_variants(job: _Job, workspace: Workspace, console: Console, stop: StopOnSignal) -> dict[str, RunSummary]:
+    config = job.config
     runs: dict[str, RunSummary] = {}
-    with stop, JobProgress(console, config.steps * len(config.methods), config.batch_size) as bar:
-        for index, method in enumerate(config.methods):
-            path = workspace.run_summary(method)
+    with stop, JobProgress(console, config.steps * len(config.variants), config.batch_size) as bar:
+        for index, variant in enumerate(config.variants):
+            path = workspace.run_summary(variant.label)
             if path.exists():
-                runs[method] = RunSummary.read(path)
+                runs[variant.label] = RunSummary.read(path)
                 continue
-            run = _Run(config, workspace, task, method, device)
-            runs[method] = run.finish(bar, index * config.steps, stop)
-            runs[method].write(path)
-    write_json(workspace.summary, job_summary(runs, config.method))
+            runs[variant.label] = _Run(job, workspace, variant).finish(bar, index * config.steps, stop)
+            runs[variant.label].write(path)
+    write_json(workspace.summary, job_summary(runs, config.main.label))
     return runs
 
 
-def set_up_torch(config: RunConfig) -> torch.device:
-    """The device of `config`, torch set to compute the same thing twice. Raises InvalidArgument for a wrong one."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as exc:
-        raise InvalidArgument(f"--device is {config.device!r}, expected cpu, cuda, cuda:N or auto") from exc
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidArgument(f"--device is {config.device!r}, expected cpu, cuda, cuda:N or auto")
-    if device.type == "cuda":
-        found = torch.cuda.device_count()
-        if (device.index or 0) >= found:
-            raise InvalidArgument(f"--device is {config.device!r}, but torch sees {found} CUDA devices")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products differ from run to run
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    return device
-
-
-def _build_model(config: RunConfig, task: Task) -> torch.nn.Module:
-    return build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed)
-
-
 class _Run:
-    """One method's run."""
+    """One variant's run."""
 
-    def __init__(self, config: RunConfig, workspace: Workspace, task: Task, method: str, device: torch.device) -> None:
-        self._config, self._workspace, self._task, self._method = config, workspace, task, method
-        self._folder = workspace.run(method)
+    def __init__(self, job: _Job, workspace: Workspace, variant: Variant) -> None:
+        self._job, self._config, self._task = job, job.config, job.task
+        self._workspace, self._variant = workspace, variant
+        self._is_main = variant == job.config.main
+        self._folder = workspace.run(variant.label)
         self._folder.mkdir(exist_ok=True)
-        self._device = device
 
     def finish(self, bar: JobProgress, steps_before: int, should_stop: Callable[[], bool]) -> RunSummary:
         """Trains to the last step; summary, picture and exported weighter."""
-        config, task = self._config, self._task
-        model = _build_model(config, task).to(self._device)
-        if self._method == "uniform":
-            loop = Loop(config, task, model, UniformWeigher(), None, self._folder)
-            bar.start(self._method, steps_before, loop.step)
-            loop.train(bar, should_stop)
-            return self._summary(loop, model, None)
+        config, label = self._config, self._variant.label
+        model = copy.deepcopy(self._job.model).to(self._job.device)
         with ExitStack() as stack:
-            session = stack.enter_context(WeighterSession(config, self._workspace))
-            recorder = stack.enter_context(Recorder(self._workspace.record(self._method), config.batch_size))
-            weigher = LearnedWeigher(session.job, recorder, task.unigram_nll.to(self._device))
-            loop = Loop(config, task, model, weigher, Teacher(session.job, config, task, model), self._folder)
-            bar.start(self._method, steps_before, loop.step)
+            session = None
+            if self._variant.learned:
+                session = stack.enter_context(
+                    WeighterSession(config, self._workspace, self._variant, self._job.reference, self._job.profile)
+                )
+            chooser = self._chooser(session, stack)
+            weigher = self._weigher(session, stack)
+            learners: list[Learner] = [part for part in (chooser, weigher) if isinstance(part, Selected | Learned)]
+            cadence = config.cadence(self._variant)
+            teacher = Teacher(config, self._task, model, learners, cadence) if learners else None
+            loop = Loop(config, self._task, model, chooser, weigher, teacher, self._folder)
+            bar.start(label, steps_before, loop.step)
             loop.train(bar, should_stop)
-            weighter = session.finish(self._workspace.export, bar.say)
-        return self._summary(loop, model, weighter)
+            export = self._workspace.export if self._is_main else None
+            weighter = session.finish(export, bar.say) if session else None
+            history = source_history(loop)
+            if self._variant.learned and self._is_main:
+                self._plot(history)
+            return summarise(self._variant, loop, history, weighter, self._job.reference)
 
-    def _summary(self, loop: Loop, model: torch.nn.Module, weighter: dict[str, Any] | None) -> RunSummary:
-        config, task, totals = self._config, self._task, loop.totals
-        with totals.timed("wall_seconds"):
-            val_loss, test_loss = (
-                mean_loss(model, split.tokens, config.batch_size, self._device) for split in (task.val, task.test)
-            )
-        weights = self._weights()
-        sources = task.sources(config.steps)
-        if weighter is not None:
-            title = f"How much each source counts ({self._method}, seed {config.seed})"
-            plot_weights(self._workspace.weights_picture, weights, sources, list(task.train.sources), title)
-        counts = loop.teacher.counts if loop.teacher else None
-        return RunSummary(
-            method=self._method,
-            seed=config.seed,
-            steps=config.steps,
-            tokens_seen=config.steps * config.batch_size * config.seq_len,
-            val_loss=val_loss,
-            test_loss=test_loss,
-            **asdict(totals),
-            meta_updates=counts.sent if counts else 0,
-            meta_updates_skipped=counts.degenerate if counts else 0,
-            effective_sample_size=mean_effective_size(weights),
-            weights_by_source=weights_by_source(weights, sources, task.train.sources),
-            weighter=weighter,
-            test_curve=_test_curve(self._folder / "metrics.jsonl"),
+    def _plot(self, history: SourceHistory) -> None:
+        trust = None
+        if self._variant.selects:
+            trust = np.array([line["trust"] for line in read_metrics(self._folder / "metrics.jsonl")])
+        title = f"How much each source counts ({self._variant.label}, seed {self._config.seed})"
+        plot_sources(self._workspace.weights_picture, history, title, trust)
+
+    def _chooser(self, session: WeighterSession | None, stack: ExitStack) -> Chooser:
+        config, task = self._config, self._task
+        if self._variant.method == "dsir":
+            return MostAlike(task, config.batch_size)
+        if session is None or session.selecting is None:
+            return AsDrawn(task.order)
+        path = self._workspace.selection_record(self._variant.label)
+        recorder = stack.enter_context(Recorder(path, config.batch_size, task.candidate_order.batch_size))
+        return Selected(session.selecting, recorder, config, task, config.cadence(self._variant))
+
+    def _weigher(self, session: WeighterSession | None, stack: ExitStack) -> Weigher:
+        config, variant = self._config, self._variant
+        if session is None or session.weighing is None:
+            return Even(config.batch_size)
+        path = self._workspace.weights_record(variant.label)
+        recorder = stack.enter_context(Recorder(path, config.batch_size, config.batch_size))
+        return Learned(
+            session.weighing,
+            recorder,
+            self._task,
+            self._job.device,
+            pretaught=variant.pretaught and not variant.selects,
+            inner=variant.selects,
         )
-
-    def _weights(self) -> np.ndarray:
-        """[steps, B] as they were used."""
-        if self._method == "uniform":
-            return np.ones((self._config.steps, self._config.batch_size), np.float32)
-        records = read_records(self._workspace.record(self._method), self._config.batch_size)
-        return np.stack([record.weights for record in records[: self._config.steps]])
-
-
-def _test_curve(path: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["seconds"], line["test_loss"]) for line in read_metrics(path) if "test_loss" in line]

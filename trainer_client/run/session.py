@@ -1,6 +1,6 @@
-"""A run's time with its weighter: connect, open the job, and at the end deliver, report, export and close.
+"""A run's time with its weighters: connect, open the jobs, and at the end deliver, report, export and close.
 
-Knows the client, not what the weights are used for.
+Knows the client, not what samples and weights are used for.
 """
 
 from __future__ import annotations
@@ -11,86 +11,155 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer_client.client import connect
+from trainer_client.client import Client, connect
 from trainer_client.features import FEATURE_NAMES
+from trainer_client.job import Job
 from trainer_client.run.config import RunConfig
+from trainer_client.run.reference import RunReference
+from trainer_client.run.variants import Variant
 from trainer_client.run.workspace import Workspace
+from weighting_contract.columns import COLUMNS
 from weighting_contract.errors import DeadlineExceeded, ResourceExhausted, Unavailable, WeighbridgeError
-from weighting_contract.spec import FeatureSpec, WeighterSpec
+from weighting_contract.profile import Profile
+from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
+
+PRETAUGHT = "pretaught"
+SELECT_SPEC = WeighterSpec(  # reads a reference's statistics; candidates may be told apart sharply
+    features=FeatureSpec(names=COLUMNS),
+    head=HeadSpec(min_effective_share=0.1),
+    learning=LearningSpec(learning_rate=3e-3),
+)
+WEIGHT_SPEC = WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES))  # reads the trainer's
 
 _PASSING = (Unavailable, DeadlineExceeded, ResourceExhausted)  # may be over soon; all else is a mistake in the settings
 _FINISH_S = 10.0  # at most, for what is outstanding at the end
 _POLL_S = 0.05
-_SPEC = WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES))
 
 
-def check_weighter(config: RunConfig) -> None:
-    """Raises WeighbridgeError where the weighter of a new run can't be had; makes it where it is missing.
+def check_service(config: RunConfig, reference: RunReference | None) -> None:
+    """Raises WeighbridgeError where the weighters of a new job can't be had; makes them where they are missing.
 
-    A service that is away is only a mistake with `on_failure="raise"`. An embedded weighter without a folder of its own
-    is a fresh one.
+    A service that is away is only a mistake with `on_failure="raise"`. An embedded one without a folder of its own is a
+    fresh one.
     """
     with connect(config.weighter) as client:
         try:
-            client.create_weighter(config.weighter_name, _SPEC)
+            for variant in config.variants:
+                if variant.learned:
+                    client.create_weighter(variant.weighter, **_start(variant))
+                if variant.mode == "both":
+                    client.create_weighter(variant.inner_weighter, WEIGHT_SPEC)
+            if reference and reference.files:
+                client.put_reference(reference.name, reference.files)
         except _PASSING:
             if config.on_failure == "raise":
                 raise
 
 
 class WeighterSession:
-    """An open job on the weighter of a run; a context manager."""
+    """The open jobs of a run; a context manager.
 
-    def __init__(self, config: RunConfig, workspace: Workspace) -> None:
-        """Raises WeighbridgeError where the job is refused; a service that is away only costs uniform weights."""
-        self._config = config
-        self._client = connect(
+    Attributes:
+        selecting: the job that chooses batches from candidates; None where the run doesn't.
+        weighing: the job that weighs the samples of a batch; None where the run doesn't.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workspace: Workspace,
+        variant: Variant,
+        reference: RunReference | None,
+        profile: Profile | None,
+    ) -> None:
+        """Raises WeighbridgeError where a job is refused; a service that is away only costs the weighter's word."""
+        self._config, self._variant = config, variant
+        self._client: Client = connect(
             _url(config, workspace), on_failure="raise" if config.on_failure == "raise" else "uniform"
         )
+        self.selecting: Job | None = None
+        self.weighing: Job | None = None
         try:
-            self.job = self._client.open_job(
-                workspace.job_id,
-                weighter=config.weighter_name,
-                spec=_SPEC,
-            )
-            if self.job.failure is not None and not isinstance(self.job.failure, _PASSING):
-                raise self.job.failure
+            job_id = workspace.job(variant)
+            if variant.selects and reference is not None:
+                self.selecting = self._open_selecting(job_id, reference, profile)
+            if variant.weighs:
+                self.weighing = self._open_weighing(job_id)
         except BaseException:
             self._client.close()
             raise
 
-    def finish(self, export: Path, say: Callable[[str], None]) -> dict[str, Any]:
-        """Delivers what is outstanding, exports the weighter and closes the job; what the summary says about it."""
-        name = self._config.weighter_name
-        about: dict[str, Any] = {"name": name, "url": self._config.weighter, "version": None, "applied_updates": None}
-        deadline = time.monotonic() + _FINISH_S
-        try:
-            if not self.job.away:
-                self.job.flush(_FINISH_S)
-            view = self._client.get_weighter(name)
-            while view.applied_position < self.job.last_position and time.monotonic() < deadline:
-                time.sleep(_POLL_S)
-                view = self._client.get_weighter(name)
-            about.update(version=view.applied_position, applied_updates=view.learning.updates_applied)
-            self._client.export_weighter(name, export)
-        except WeighbridgeError as exc:
-            say(f"the weighter {name!r} could not be exported: {exc}")
-        self.job.close()  # before it is counted: what can't be delivered any more is dropped
-        about["client"] = self.job.counters.to_dict()  # of this process: a resumed run has had others
+    def finish(self, export: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+        """Delivers what is outstanding, exports the weighter and closes the jobs; what the summary says about it."""
+        main = self.selecting or self.weighing
+        assert main is not None
+        about = self._finish(main, self._variant.weighter, export, say)
+        if self.weighing is not None and self.weighing is not main:
+            inner = export / "inner" if export else None
+            about["inner"] = self._finish(self.weighing, self._variant.inner_weighter, inner, say)
         return about
 
     def __enter__(self) -> WeighterSession:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._client.close()  # closes the jobs first
+
+    def _open_selecting(self, job_id: str, reference: RunReference, profile: Profile | None) -> Job:
+        return self._open(
+            job_id,
+            self._variant.weighter,
+            **_start(self._variant),
+            reference=reference.name,
+            reference_checksum=reference.checksum,
+            reference_files=reference.files,
+            tokenizer_checksum=reference.tokenizer_checksum,
+            profile=profile,
+        )
+
+    def _open_weighing(self, job_id: str) -> Job:
+        if self._variant.selects:
+            return self._open(f"{job_id}-inner", self._variant.inner_weighter, spec=WEIGHT_SPEC)
+        names = COLUMNS if self._variant.pretaught else FEATURE_NAMES
+        return self._open(job_id, self._variant.weighter, **_start(self._variant), feature_names=names)
+
+    def _open(self, job_id: str, weighter: str, **arguments: Any) -> Job:
+        role: Any = self._variant.role
+        job = self._client.open_job(job_id, weighter=weighter, role=role, **arguments)
+        if job.failure is not None and not isinstance(job.failure, _PASSING):
+            raise job.failure
+        return job
+
+    def _finish(self, job: Job, weighter: str, export: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+        about: dict[str, Any] = {"name": weighter, "url": self._config.weighter, "version": None}
+        about["applied_updates"] = None
+        deadline = time.monotonic() + _FINISH_S
         try:
-            self.job.close()
-        finally:
-            self._client.close()
+            if not job.away:
+                job.flush(_FINISH_S)
+            view = self._client.get_weighter(weighter)
+            while view.applied_position < job.last_position and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+                view = self._client.get_weighter(weighter)
+            about.update(version=view.applied_position, applied_updates=view.learning.updates_applied)
+            if export is not None:
+                self._client.export_weighter(weighter, export)
+        except WeighbridgeError as exc:
+            say(f"the weighter {weighter!r} could not be exported: {exc}")
+        job.close()  # before it is counted: what can't be delivered any more is dropped
+        about["client"] = job.counters.to_dict()  # of this process: a resumed run has had others
+        return about
+
+
+def _start(variant: Variant) -> dict[str, Any]:
+    """What makes the weighter of a run where it is missing."""
+    if variant.pretaught:
+        return {"initial": PRETAUGHT}
+    return {"spec": SELECT_SPEC if variant.selects else WEIGHT_SPEC}
 
 
 def _url(config: RunConfig, workspace: Workspace) -> str:
-    """An embedded weighter without a folder of its own lives in the run's."""
+    """An embedded service without a folder of its own keeps its state in the job's."""
     if config.weighter != "embedded":
         return config.weighter
-    return f"embedded://{workspace.weighter_state.resolve()}"
+    return f"embedded://{workspace.weighters.resolve()}"

@@ -1,18 +1,23 @@
-"""What all runs of a job share: samples of the three splits, the order of batches, and the unigram table.
+"""What all runs of a job share: samples of the three splits, the order that they come in, and counts of the pool.
 
 Knows nothing of models, weights or the service.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from trainer_client.run.config import RunConfig
-from trainer_client.run.data import BatchOrder, Progress, Samples, load_corpus, make_samples, unigram_counts
+from trainer_client.run.data import BatchOrder, Document, Progress, Samples, load_corpus, make_samples, unigram_counts
 from trainer_client.run.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
+from weighting_contract.errors import InvalidArgument
+from weighting_contract.ngrams import count_ngrams, log_ratios, profile_table
+from weighting_contract.profile import documents_checksum
 from weighting_contract.statistics import unigram_nll_table
 
 _VALIDATION_STREAM = 1  # keeps the draws of validation samples apart from other draws of the same seed
@@ -27,21 +32,29 @@ class Task:
     train: Samples
     val: Samples
     test: Samples
-    order: BatchOrder  # which training samples make up each step's batch
+    order: BatchOrder  # which training samples make up each step's batch where it is taken as drawn
+    candidate_order: BatchOrder  # which ones a batch is chosen from elsewhere; of the same seed
     unigram_nll: torch.Tensor  # [V] float32, -log p of each token in the training samples
     seed: int
+    val_checksum: str = ""  # of the validation documents as a whole, as of `documents_checksum`
 
-    def batch(self, step: int, device: torch.device) -> torch.Tensor:
-        """[B, T+1] int64: the batch of `step`."""
-        return to_tensor(self.train.tokens[self.order.indices(step)], device)
+    def tokens(self, indices: np.ndarray, device: torch.device) -> torch.Tensor:
+        """[N, T+1] int64 ids of training samples."""
+        return to_tensor(self.train.tokens[indices], device)
 
-    def sources(self, steps: int) -> np.ndarray:
-        """[steps, B] int64: the sources of the samples of all steps so far, as indices into `train.sources`."""
-        return np.stack([self.train.source_index[self.order.indices(step)] for step in range(steps)])
+    @cached_property
+    def target_table(self) -> torch.Tensor:
+        """[buckets] float32: the profile of the validation samples against the training samples."""
+        return profile_table(log_ratios(count_ngrams(self.val.tokens), count_ngrams(self.train.tokens)))
 
-    def mean_by_source(self, step: int, weights: np.ndarray) -> dict[str, float]:
-        """Mean weight of each source that is in the batch of `step`."""
-        sources = self.train.source_index[self.order.indices(step)]
+    def share_by_source(self, indices: np.ndarray) -> dict[str, float]:
+        """Share of each source among training samples."""
+        counts = np.bincount(self.train.source_index[indices], minlength=len(self.train.sources))
+        return {name: float(count / len(indices)) for name, count in zip(self.train.sources, counts, strict=True)}
+
+    def mean_by_source(self, indices: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+        """Mean weight of each source that is among training samples."""
+        sources = self.train.source_index[indices]
         return {self.train.sources[i]: float(weights[sources == i].mean()) for i in np.unique(sources)}
 
     def validation_draw(self, step: int, count: int, device: torch.device, draw: int = 0) -> torch.Tensor:
@@ -60,29 +73,54 @@ def to_tensor(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(tokens.astype(np.int64)).to(device)
 
 
-def build_task(config: RunConfig, progress: Progress | None = None) -> Task:
+def build_task(config: RunConfig, progress: Progress | None = None, tokenizer: Tokenizer | None = None) -> Task:
     """Loads, tokenises and cuts the documents of a job.
+
+    Args:
+        tokenizer: of the job, where something else decides it; None: the one that `config` names, or one that is
+            trained on the documents.
 
     Raises:
         InvalidArgument: data that can't be read, or too little of it.
     """
     corpus = load_corpus(config.data, config.val, config.test, progress=progress)
-    tokenizer = (
-        load_tokenizer(config.tokenizer)
-        if config.tokenizer
-        else cached_tokenizer([document.text for document in corpus.train], config.vocab_size, progress=progress)
-    )
+    if tokenizer is None and config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer is None:
+        texts = [document.text for document in corpus.train]
+        tokenizer = cached_tokenizer(texts, config.vocab_size, progress=progress)
     train, val, test = (
         make_samples(documents, tokenizer, config.seq_len, progress=progress)
         for documents in (corpus.train, corpus.validation, corpus.test)
     )
+    order = BatchOrder(train, config.batch_size, config.seed)
     counts = torch.from_numpy(unigram_counts(train, tokenizer.vocab_size))
     return Task(
         tokenizer=tokenizer,
         train=train,
         val=val,
         test=test,
-        order=BatchOrder(train, config.batch_size, config.seed),
+        order=order,
+        candidate_order=_candidate_order(config, train) if _draws_candidates(config) else order,
         unigram_nll=unigram_nll_table(counts),
         seed=config.seed,
+        val_checksum=_documents_checksum(corpus.validation, tokenizer) if config.profile else "",
     )
+
+
+def _documents_checksum(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
+    return documents_checksum([row for row in tokenizer.encode_batch([d.text for d in documents]) if row])
+
+
+def _draws_candidates(config: RunConfig) -> bool:
+    return any(variant.draws_candidates for variant in config.variants)
+
+
+def _candidate_order(config: RunConfig, train: Samples) -> BatchOrder:
+    count = config.candidates * config.batch_size
+    if count > len(train):
+        raise InvalidArgument(
+            f"there are {len(train)} samples, fewer than the {config.candidates} x {config.batch_size} candidates of a "
+            "step: give more data, or lower --candidates or --batch-size"
+        )
+    return BatchOrder(train, count, config.seed)

@@ -84,7 +84,7 @@ def cached_tokenizer(
     Raises:
         InvalidArgument: fewer tokens than there are bytes.
     """
-    folder = Path(cache_dir) if cache_dir is not None else _default_cache_dir()
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     path = folder / f"tokenizer-{vocab_size}-{_key(texts, vocab_size)[:32]}.json"
     cached = _read_cache(path)
     if cached is not None:
@@ -170,7 +170,8 @@ def _key(texts: Sequence[str], vocab_size: int) -> str:
     return digest.hexdigest()
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
+    """`weighbridge` in $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if base else Path.home() / ".cache") / "weighbridge"
 

@@ -1,46 +1,67 @@
-"""Where the weights of a step come from: uniform, or a job's weighter through a record that makes resuming exact.
+"""How much each sample of a batch counts: all alike, or as a job's weighter says, through a record.
 
-Knows nothing of models or optimisers.
+The record makes resuming exact. Knows nothing of models or optimisers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from trainer_client.features import batch_features
+from trainer_client.features import FEATURE_NAMES, batch_features
 from trainer_client.job import Job
 from trainer_client.run.recorder import Record, Recorder
+from trainer_client.run.task import Task
+from trainer_client.run.teach import MetaBatch
+from weighting_contract.columns import COLUMNS
+
+PRETAUGHT_MIN_SHARE = 0.6  # of the effective samples inside a batch; the pretaught spec's is for candidates
+_FLUSH_S = 10.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a step."""
+
+    values: np.ndarray  # [B] float32, mean 1
+    fallback: bool = False  # all 1, as the weighter did not answer
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the answer
 
 
 class Weigher(Protocol):
     """Gives the samples of each step their weights."""
 
-    method: str
-
-    def weigh(self, step: int, token_losses: torch.Tensor, labels: torch.Tensor) -> Record:
+    def weigh(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Weights:
         """The weights of a step's batch.
 
         Args:
             step: optimiser step, from 0.
-            token_losses: [B, T] nats, detached.
-            labels: [B, T] token ids that the losses are of.
+            losses: [B, T] nats, detached, of all tokens but the first.
+            tokens: [B, T+1] token ids.
         """
+
+    def recorded(self, steps: int) -> np.ndarray:
+        """[steps, B] float32, the weights that the first `steps` steps were trained with."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class UniformWeigher:
+class Even:
     """Weight 1 for every sample."""
 
-    method = "uniform"
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
 
-    def weigh(self, step: int, token_losses: torch.Tensor, labels: torch.Tensor) -> Record:
-        return Record(step, np.ones(len(token_losses), np.float32), position=0, fallback=False)
+    def weigh(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Weights:
+        return Weights(np.ones(self._batch_size, np.float32))
+
+    def recorded(self, steps: int) -> np.ndarray:
+        return np.ones((steps, self._batch_size), np.float32)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -49,29 +70,85 @@ class UniformWeigher:
         pass
 
 
-class LearnedWeigher:
-    """Asks the job's weighter, records the answer, then hands it out; a recorded step is not asked about again."""
+class Learned:
+    """Asks the job's weighter, records the answer, then hands it out; a recorded step is not asked about again.
 
-    method = "dwm"
+    The weighter reads statistics of the trainer's own losses. A pretaught one reads those against the target, too: here
+    the trainer counts the n-grams of its validation and training samples.
+    """
 
-    def __init__(self, job: Job, recorder: Recorder, unigram_nll: torch.Tensor) -> None:
+    def __init__(
+        self,
+        job: Job,
+        recorder: Recorder,
+        task: Task,
+        device: torch.device,
+        *,
+        pretaught: bool = False,
+        inner: bool = False,
+    ) -> None:
         """
         Args:
-            unigram_nll: [V] float32, on the device of the model.
+            pretaught: whether the weighter started from the one that comes with the service.
+            inner: it weighs what another weighter has selected; its metrics are called `inner_...` then.
         """
-        self._job, self._recorder, self._unigram_nll = job, recorder, unigram_nll
+        self._job, self._recorder = job, recorder
+        self._unigram_nll = task.unigram_nll.to(device)
+        self._names = COLUMNS if pretaught else FEATURE_NAMES
+        self._table = task.target_table.to(device) if pretaught else None
+        self._min_share = PRETAUGHT_MIN_SHARE if pretaught else None
+        self._prefix = "inner_" if inner else ""
 
-    def weigh(self, step: int, token_losses: torch.Tensor, labels: torch.Tensor) -> Record:
-        known = self._recorder.get(step)
-        if known is not None:
-            return known
-        scores = self._job.score(batch_features(token_losses, self._unigram_nll[labels]), step)
-        record = Record(step, scores.weights.float().cpu().numpy(), scores.position, scores.fallback)
-        self._recorder.append(record)
-        return record
+    def weigh(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Weights:
+        record = self._recorder.get(step) or self._asked(step, losses, tokens)
+        metrics = {"position": record.position, "trust": record.trust}
+        named = {self._prefix + name: value for name, value in metrics.items()}
+        return Weights(record.weights, record.fallback, named)
+
+    def learn(self, batch: MetaBatch) -> bool:
+        """Teaches with the samples of a meta-update; the service knows those that it has already."""
+        record = None if batch.in_pause else self._recorder.get(batch.step)
+        self._job.meta_update(
+            batch.cotangent,
+            self._features(batch.losses, batch.tokens),
+            batch.step,
+            scored_position=None if record is None else record.position,
+            update_id=batch.update_id,
+            probes=batch.probes,
+        )
+        return True
+
+    def flush(self, step: int) -> None:
+        """Delivers the meta-updates so far, as far as the service is there to take them."""
+        if not self._job.away:
+            self._job.flush(_FLUSH_S)
+
+    def recorded(self, steps: int) -> np.ndarray:
+        records = [self._recorder.get(step) for step in range(steps)]
+        return np.stack([record.weights for record in records if record is not None])
 
     def state_dict(self) -> dict[str, Any]:
         return {"job": self._job.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._job.load_state_dict(state["job"])
+
+    def _asked(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Record:
+        scores = self._job.score(self._features(losses, tokens), step, min_effective_share=self._min_share)
+        weights = scores.weights.float().cpu().numpy()
+        record = Record(
+            step=step,
+            weights=weights,
+            kept=np.arange(len(weights)),
+            probes=len(weights),
+            position=scores.position,
+            fallback=scores.fallback,
+            trust=scores.trust,
+            taught=0,
+        )
+        self._recorder.append(record)
+        return record
+
+    def _features(self, losses: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        unigram_nll = self._unigram_nll[tokens[:, 1:]]
+        return batch_features(losses, unigram_nll, names=self._names, tokens=tokens, profile=self._table)

@@ -16,12 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer_client.run.config import METHODS, RunConfig
+from trainer_client.run.config import RunConfig
 from trainer_client.run.report import write_json
+from trainer_client.run.variants import LABELS, METHODS, Variant
 from weighting_contract.errors import FailedPrecondition, InvalidArgument
 
 _SETTINGS, _LOCK = "config.json", ".lock"
-_RESULTS = (*METHODS, "summary.json", "weights.png", "weighter-export", "tokenizer.json")
+_RESULTS = (
+    *dict.fromkeys((*LABELS, *METHODS)),  # runs of earlier versions were called after their methods
+    *("summary.json", "weights.png", "weighter-export", "weighters", "reference", "tokenizer.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Workspace:
     """Paths of a job's files, and the id that it has at the weighting service, the same after a resume."""
 
     root: Path
-    job_id: str
+    job_id: str  # of the main run
+    main_label: str
 
     @property
     def summary(self) -> Path:
@@ -48,19 +53,31 @@ class Workspace:
         return self.root / "tokenizer.json"
 
     @property
-    def weighter_state(self) -> Path:
-        """Of an embedded weighter."""
-        return self.root / "dwm" / "weighter"
+    def reference(self) -> Path:
+        """A copy of the reference that was trained or given for the job."""
+        return self.root / "reference"
 
-    def run(self, method: str) -> Path:
-        """The folder of one method's run."""
-        return self.root / method
+    @property
+    def weighters(self) -> Path:
+        """State of an embedded service."""
+        return self.root / "weighters"
 
-    def run_summary(self, method: str) -> Path:
-        return self.root / method / "summary.json"
+    def job(self, variant: Variant) -> str:
+        """Id of a run's job at the weighting service."""
+        return self.job_id if variant.label == self.main_label else f"{self.job_id}-{variant.label}"
 
-    def record(self, method: str) -> Path:
-        return self.root / method / "weights.record"
+    def run(self, label: str) -> Path:
+        """The folder of one run."""
+        return self.root / label
+
+    def run_summary(self, label: str) -> Path:
+        return self.root / label / "summary.json"
+
+    def selection_record(self, label: str) -> Path:
+        return self.root / label / "selection.record"
+
+    def weights_record(self, label: str) -> Path:
+        return self.root / label / "weights.record"
 
 
 def check_workspace(config: RunConfig) -> None:
@@ -95,7 +112,7 @@ def open_workspace(config: RunConfig) -> Iterator[Workspace]:
                 _remove_run(root)
             job_id = re.sub(r"[^A-Za-z0-9]+", "-", f"run-{root.resolve().name[:64]}-") + uuid.uuid4().hex[:12]
         write_json(root / _SETTINGS, {"job_id": job_id, "config": config.to_dict()})
-        yield Workspace(root, job_id)
+        yield Workspace(root, job_id, config.main.label)
 
 
 def _check_contents(config: RunConfig) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import numpy as np
 from google.protobuf import json_format
@@ -31,7 +31,7 @@ class Route:
 
 
 def to_json(message: Message) -> dict[str, Any]:
-    """Every field by name that is set or has no notion of being set; tensors as nested lists."""
+    """Every field by name that is set or has no notion of being set; tensors as nested lists, files in base64."""
     values: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
@@ -39,6 +39,8 @@ def to_json(message: Message) -> dict[str, Any]:
             continue
         if isinstance(value, pb.Inputs):
             values[field.name] = _inputs(value)
+        elif isinstance(value, pb.TargetProfile):
+            values[field.name] = _profile(value)
         elif isinstance(value, pb.Tensor):
             values[field.name] = from_message(value, field.name).tolist()
         elif isinstance(value, Message):
@@ -47,6 +49,8 @@ def to_json(message: Message) -> dict[str, Any]:
             values[field.name] = _word(field.name, value)
         elif isinstance(value, str | int | float):
             values[field.name] = value
+        elif isinstance(value, Mapping):  # files by name
+            values[field.name] = {name: base64.b64encode(content).decode() for name, content in value.items()}
         else:  # repeated strings
             values[field.name] = list(value)
     return values
@@ -57,8 +61,7 @@ def _inputs(inputs: pb.Inputs) -> dict[str, Any]:
     names = [name for name in ("features", "hidden", "tokens") if inputs.HasField(name)]
     values = {name: from_message(getattr(inputs, name), name).tolist() for name in names}
     if inputs.HasField("lengths"):
-        lengths = from_message(inputs.lengths, "lengths").tolist()
-        rows = values.get("tokens")
+        lengths, rows = from_message(inputs.lengths, "lengths").tolist(), values.get("tokens")
         if not isinstance(lengths, list) or not isinstance(rows, list) or len(lengths) != len(rows):
             raise InvalidArgument("lengths must have one integer for every row of tokens")
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -67,6 +70,18 @@ def _inputs(inputs: pb.Inputs) -> dict[str, Any]:
         values["tokens"] = [row[:length] for row, length in zip(rows, lengths, strict=True)]
     if inputs.texts:
         values["texts"] = list(inputs.texts)
+    return values
+
+
+def _profile(profile: pb.TargetProfile) -> dict[str, Any]:
+    """Documents are lists of ids here, not ids end to end."""
+    values: dict[str, Any] = {"documents_checksum": profile.documents_checksum}
+    if profile.HasField("log_ratios"):
+        values["log_ratios"] = from_message(profile.log_ratios, "profile.log_ratios").tolist()
+    if profile.HasField("documents"):
+        lengths = from_message(profile.lengths, "profile.lengths")
+        documents = np.split(from_message(profile.documents, "profile.documents"), np.cumsum(lengths)[:-1])
+        values["documents"] = [document.tolist() for document in documents]
     return values
 
 
@@ -89,11 +104,14 @@ def _read(kind: type[Message]) -> Callable[[dict[str, Any]], Message]:
 
 def _read_score(answer: dict[str, Any]) -> pb.ScoreResponse:
     try:
+        statistics = answer.get("statistics")
         return pb.ScoreResponse(
             weights=to_message(np.asarray(answer["weights"], np.float32)),
             logits=to_message(np.asarray(answer["logits"], np.float32)),
             position=answer["position"],
             effective_sample_size=answer["effective_sample_size"],
+            statistics=None if statistics is None else to_message(np.asarray(statistics, np.float32)),
+            trust=answer.get("trust", 0.0),
         )
     except (KeyError, TypeError, ValueError) as exc:
         raise Internal(f"the service's answer is not a ScoreResponse: {exc!r}") from exc
@@ -111,6 +129,16 @@ def _weighter_path(name: str) -> str:
     return f"/v1/weighters/{quote(name, safe='')}"
 
 
+def _reference_path(name: str, files: Sequence[str] = ()) -> str:
+    query = urlencode([("files", file) for file in files])
+    return f"/v1/references/{quote(name, safe='')}" + (f"?{query}" if query else "")
+
+
+def _put_reference(request: Any) -> Route:
+    body = to_json(request)
+    return Route("PUT", _reference_path(body.pop("name")), body, _read(pb.Reference))
+
+
 def _job_route(request: Any, action: str, read: Callable[[dict[str, Any]], Message]) -> Route:
     body = to_json(request)
     return Route("POST", f"/v1/jobs/{quote(body.pop('job_id'), safe='')}/{action}", body, read)
@@ -122,6 +150,10 @@ ROUTES: dict[str, Callable[[Any], Route]] = {
     "ListWeighters": lambda r: Route("GET", "/v1/weighters", None, _read(pb.ListWeightersResponse)),
     "DeleteWeighter": lambda r: Route("DELETE", _weighter_path(r.name), None, _read(pb.DeleteWeighterResponse)),
     "ExportWeighter": lambda r: Route("GET", f"{_weighter_path(r.name)}/export", None, _read_files),
+    "PutReference": _put_reference,
+    "GetReference": lambda r: Route("GET", _reference_path(r.name, r.files), None, _read(pb.Reference)),
+    "ListReferences": lambda r: Route("GET", "/v1/references", None, _read(pb.ListReferencesResponse)),
+    "DeleteReference": lambda r: Route("DELETE", _reference_path(r.name), None, _read(pb.DeleteReferenceResponse)),
     "OpenJob": lambda r: Route("POST", "/v1/jobs", to_json(r), _read(pb.Job)),
     "CloseJob": lambda r: _job_route(r, "close", _read(pb.Job)),
     "Heartbeat": lambda r: _job_route(r, "heartbeat", _read(pb.HeartbeatResponse)),

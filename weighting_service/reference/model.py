@@ -112,14 +112,23 @@ class Reference:
         """
         return self.raw_statistics_of([rows], fields=["rows"])[0]
 
-    def raw_statistics_of(self, batches: Sequence[Sequence[Row]], fields: Sequence[str] | None = None) -> list[Tensor]:
-        """`raw_statistics` of several callers' batches, packed together; `fields` name them in error messages.
+    def raw_statistics_of(
+        self, batches: Sequence[Sequence[Row]], fields: Sequence[str] | None = None, *, checked: bool = False
+    ) -> list[Tensor]:
+        """`raw_statistics` of several callers' batches, packed together.
+
+        Args:
+            batches: rows of each caller.
+            fields: names of the batches in error messages.
+            checked: the rows come from `check_rows` and need no second look.
 
         Raises:
             InvalidArgument: as of `raw_statistics`, for any of them: use `check_rows` before putting callers together.
         """
-        fields = fields or [f"batches[{b}]" for b in range(len(batches))]
-        rows = [row for batch, field in zip(batches, fields, strict=True) for row in self.check_rows(batch, field)]
+        if not checked:
+            fields = fields or [f"batches[{b}]" for b in range(len(batches))]
+            batches = [self.check_rows(batch, field) for batch, field in zip(batches, fields, strict=True)]
+        rows = [np.asarray(row) for batch in batches for row in batch]
         packs = pack_rows([row[: self.max_tokens] for row in rows], self.tokens_per_pack)
         raw = torch.empty(len(rows), len(RAW_NAMES))
         if packs:

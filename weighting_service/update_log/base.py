@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from weighting_service.domain import JobRecord, MetaUpdate, WeighterRecord
 
 
@@ -48,17 +50,30 @@ class UpdateLog(abc.ABC):
 
     @abc.abstractmethod
     def delete_weighter(self, uid: str) -> None:
-        """Removes a weighter with its entries, jobs and update ids, at once; its name can be used again.
+        """Removes a weighter with its entries, jobs, profiles and update ids, at once; its name can be used again.
 
         Takes a time in proportion to its entries (a million: seconds), during which other calls wait.
         """
 
     @abc.abstractmethod
-    def put_job(self, job: JobRecord) -> None:
+    def put_job(self, job: JobRecord, profile: np.ndarray | None = None) -> None:
         """Inserts the job, or replaces the record of that id; what the job has taught stays with it.
+
+        Args:
+            job: the record.
+            profile: [buckets] float16, its target profile, recorded with it; absent: the one that it has stays.
 
         Raises:
             AlreadyExists: the job id belongs to another weighter.
+            InvalidArgument: a profile of another shape or dtype.
+        """
+
+    @abc.abstractmethod
+    def profile(self, job_id: str) -> np.ndarray | None:
+        """[buckets] float16, read-only; None where there is no such job, or it has none.
+
+        Raises:
+            Internal: it is damaged.
         """
 
     @abc.abstractmethod

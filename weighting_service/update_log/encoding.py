@@ -35,6 +35,8 @@ def encode(update: MetaUpdate) -> bytes:
         cotangent=tensors.to_message(update.cotangent),
         scored_position=update.scored_position,
         estimator=_TO_MESSAGE[update.estimator],
+        probes=None if update.probes is None else tensors.to_message(update.probes.astype(np.uint8)),
+        trust_only=update.trust_only,
     )
     return message.SerializeToString()
 
@@ -64,6 +66,8 @@ def decode(payload: bytes) -> MetaUpdate:
         cotangent=tensors.from_message(message.cotangent, "cotangent"),
         scored_position=message.scored_position,
         estimator=_FROM_MESSAGE[message.estimator],
+        probes=tensors.from_message(message.probes, "probes").astype(bool) if message.HasField("probes") else None,
+        trust_only=message.trust_only,
     )
 
 

@@ -1,12 +1,11 @@
 """An update log in one SQLite file: embedded, for one service process at a time.
 
-Must not know the model. The file is never repaired or replaced here: one that can't be trusted is refused by name.
+Must not know the model, nor the file's schema version and lock (sqlite_file.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import sqlite3
@@ -15,44 +14,28 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from weighting_contract.errors import (
     AlreadyExists,
     FailedPrecondition,
     Internal,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
     Unavailable,
-    WeighbridgeError,
 )
 from weighting_contract.spec import WeighterSpec
 from weighting_service.domain import JobRecord, MetaUpdate, Role, WeighterRecord
 from weighting_service.update_log.base import Appended, UpdateLog
 from weighting_service.update_log.encoding import decode, encode
+from weighting_service.update_log.sqlite_file import lock, open_file, translated, unlock
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x57425247  # "WBRG", in the file's header: tells our files from other programs' databases
 TRIM_PORTION = 32  # entries a transaction
 
-# Head, trimmed positions and each job's last update are columns, so that no question needs a scan of the entries.
-# Update ids are apart from the entries because they outlive them.
-_SCHEMA = (
-    """CREATE TABLE weighters (
-        id INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, name TEXT NOT NULL UNIQUE, spec TEXT NOT NULL,
-        created_unix_ms INTEGER NOT NULL, head INTEGER NOT NULL DEFAULT 0, trimmed INTEGER NOT NULL DEFAULT 0)""",
-    """CREATE TABLE jobs (
-        id INTEGER PRIMARY KEY, job_id TEXT NOT NULL UNIQUE,
-        weighter INTEGER NOT NULL REFERENCES weighters (id) ON DELETE CASCADE,
-        role TEXT NOT NULL, feature_names TEXT NOT NULL, open INTEGER NOT NULL,
-        last_step INTEGER NOT NULL DEFAULT -1, last_position INTEGER NOT NULL DEFAULT 0)""",
-    "CREATE INDEX jobs_of_weighter ON jobs (weighter)",
-    """CREATE TABLE entries (
-        weighter INTEGER NOT NULL REFERENCES weighters (id) ON DELETE CASCADE,
-        position INTEGER NOT NULL, crc32 INTEGER NOT NULL, payload BLOB NOT NULL, UNIQUE (weighter, position))""",
-    """CREATE TABLE update_ids (
-        job INTEGER NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
-        update_id TEXT NOT NULL, position INTEGER NOT NULL, digest BLOB NOT NULL,
-        PRIMARY KEY (job, update_id)) WITHOUT ROWID""",
+_JOB_COLUMNS = ("role", "feature_names", "open", "reference", "reference_checksum", "documents_checksum")
+_PUT_JOB = (
+    f"INSERT INTO jobs (job_id, weighter, {', '.join(_JOB_COLUMNS)}) VALUES (?, ?{', ?' * len(_JOB_COLUMNS)}) "
+    f"ON CONFLICT (job_id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _JOB_COLUMNS)}"
 )
 
 
@@ -60,6 +43,8 @@ class SqliteUpdateLog(UpdateLog):
     """The log in the file `path`, made (with its folder) where there is none.
 
     Beside it: `path`-wal and `path`-shm, which belong to it, and `path`.lock, held as long as the log is open.
+
+    A file of an older schema is brought to this version's; an older service can't open it any more.
 
     Raises:
         FailedPrecondition: the file is damaged, is something else, comes from a newer version, or is in use by
@@ -70,11 +55,11 @@ class SqliteUpdateLog(UpdateLog):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path).resolve()  # one lock file, whichever link leads here
         self._mutex = threading.Lock()
-        with _translated(self._path), contextlib.ExitStack() as undo:
+        with translated(self._path), contextlib.ExitStack() as undo:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._path)
-            undo.callback(_unlock, self._lock)
-            self._db: sqlite3.Connection | None = _open(self._path)
+            self._lock = lock(self._path)
+            undo.callback(unlock, self._lock)
+            self._db: sqlite3.Connection | None = open_file(self._path)
             undo.pop_all()
 
     def create_weighter(self, record: WeighterRecord) -> None:
@@ -85,16 +70,16 @@ class SqliteUpdateLog(UpdateLog):
                         f"a weighter of {column} {value!r} exists already; choose another {column}, or delete it first"
                     )
             db.execute(
-                "INSERT INTO weighters (uid, name, spec, created_unix_ms) VALUES (?, ?, ?, ?)",
-                (record.uid, record.name, json.dumps(record.spec.to_dict()), record.created_unix_ms),
+                "INSERT INTO weighters (uid, name, spec, created_unix_ms, initial) VALUES (?, ?, ?, ?, ?)",
+                (record.uid, record.name, json.dumps(record.spec.to_dict()), record.created_unix_ms, record.initial),
             )
 
     def weighters(self) -> list[WeighterRecord]:
         with self._reading() as db:
-            rows = db.execute("SELECT name, uid, spec, created_unix_ms FROM weighters ORDER BY id").fetchall()
+            rows = db.execute("SELECT name, uid, spec, created_unix_ms, initial FROM weighters ORDER BY id").fetchall()
         return [
-            WeighterRecord(name, uid, WeighterSpec.from_dict(json.loads(spec)), created)
-            for name, uid, spec, created in rows
+            WeighterRecord(name, uid, WeighterSpec.from_dict(json.loads(spec)), created, initial)
+            for name, uid, spec, created, initial in rows
         ]
 
     def delete_weighter(self, uid: str) -> None:
@@ -102,18 +87,34 @@ class SqliteUpdateLog(UpdateLog):
             if not db.execute("DELETE FROM weighters WHERE uid = ?", (uid,)).rowcount:
                 raise _no_weighter(uid)
 
-    def put_job(self, job: JobRecord) -> None:
+    def put_job(self, job: JobRecord, profile: np.ndarray | None = None) -> None:
+        table = None if profile is None else _profile_bytes(profile)
         with self._transaction() as db:
             weighter, *_ = _weighter(db, job.weighter_uid)
             owner = db.execute("SELECT weighter FROM jobs WHERE job_id = ?", (job.job_id,)).fetchone()
             if owner and owner[0] != weighter:
                 raise AlreadyExists(f"job {job.job_id!r} belongs to another weighter; choose another job id")
-            db.execute(
-                "INSERT INTO jobs (job_id, weighter, role, feature_names, open) VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (job_id) DO UPDATE SET "
-                "role = excluded.role, feature_names = excluded.feature_names, open = excluded.open",
-                (job.job_id, weighter, job.role.value, json.dumps(job.feature_names), job.open),
+            db.execute(_PUT_JOB, (job.job_id, weighter, *_job_values(job)))
+            if table is not None:
+                db.execute(
+                    "INSERT OR REPLACE INTO profiles (job, crc32, log_ratios) VALUES (?, ?, ?)",
+                    (_job(db, weighter, job.job_id), zlib.crc32(table), table),
+                )
+
+    def profile(self, job_id: str) -> np.ndarray | None:
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT profiles.crc32, log_ratios FROM profiles JOIN jobs ON jobs.id = profiles.job WHERE job_id = ?",
+                (job_id,),
+            ).fetchone()
+        if row is None:
+            return None
+        if zlib.crc32(row[1]) != row[0]:
+            raise Internal(
+                f"the target profile of job {job_id!r} in {self._path} is damaged: its checksum does not match; open "
+                "the job again with its profile, or restore the file from a copy"
             )
+        return np.frombuffer(row[1], "<f2")
 
     def job(self, job_id: str) -> JobRecord | None:
         with self._reading() as db:
@@ -204,18 +205,18 @@ class SqliteUpdateLog(UpdateLog):
             return sum(file.stat().st_size for file in files if file.exists())
 
     def close(self) -> None:
-        with self._mutex, _translated(self._path):
+        with self._mutex, translated(self._path):
             if self._db is None:
                 return
             db, self._db = self._db, None
             try:
                 db.close()
             finally:
-                _unlock(self._lock)
+                unlock(self._lock)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._mutex, _translated(self._path):
+        with self._mutex, translated(self._path):
             if self._db is None:
                 raise Unavailable(f"the update log {self._path} is closed")
             yield self._db
@@ -243,109 +244,6 @@ class SqliteUpdateLog(UpdateLog):
             return decode(payload)
         except InvalidArgument as exc:
             raise Internal(f"{where} can't be read: {exc}") from exc
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
-    try:
-        is_new = _check_identity(db, path)
-        # WAL with synchronous=FULL: a commit appends to the WAL and fsyncs it before it returns, and after a crash the
-        # checksummed frames of the last whole commit are found again, so an acknowledged append survives power loss
-        # just as with the rollback journal. It takes one fsync where DELETE takes several: measured on ext4
-        # with entries of 72 KiB, median 0.5 ms against 1.5 ms (4 KiB: 0.5 and 1.4).
-        mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        if mode != "wal":
-            raise FailedPrecondition(f"{path} can't use SQLite's write-ahead log here; put it on a local file system")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone leaves data in the drive's cache; elsewhere ignored
-        db.execute("PRAGMA foreign_keys = ON")
-        if is_new:
-            _create_schema(db, path)
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _check_identity(db: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file is new, found out before anything is written to it; raises where it isn't ours to use."""
-    application = db.execute("PRAGMA application_id").fetchone()[0]
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if application == 0 and version == 0 and db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None:
-        return True
-    if application != APPLICATION_ID:
-        raise FailedPrecondition(f"{path} is a database of another program, not an update log; choose another path")
-    if version > SCHEMA_VERSION:
-        raise FailedPrecondition(
-            f"{path} comes from a newer version of the service: its schema is version {version}, this service knows "
-            f"up to {SCHEMA_VERSION}; upgrade the service or choose another path"
-        )
-    db.execute("SELECT id, head FROM weighters LIMIT 1").fetchone()  # a truncated file shows here, not at first use
-    return False
-
-
-def _create_schema(db: sqlite3.Connection, path: Path) -> None:
-    db.execute("BEGIN IMMEDIATE")
-    for statement in _SCHEMA:
-        db.execute(statement)
-    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    db.execute("COMMIT")
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the file's name must survive a power loss too
-    finally:
-        os.close(folder)
-
-
-def _lock(path: Path) -> int:
-    """The descriptor of the locked lock file. The system frees it when the process ends, however it ends.
-
-    A file of its own: closing any descriptor of the database would drop the locks that SQLite holds on it.
-    """
-    descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        owner = os.pread(descriptor, 32, 0).decode("ascii", "replace") or "unknown"
-        os.close(descriptor)
-        raise FailedPrecondition(
-            f"{path} is in use by another service (process {owner}); stop that one or choose another path"
-        ) from exc
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    return descriptor
-
-
-def _unlock(descriptor: int) -> None:
-    fcntl.flock(descriptor, fcntl.LOCK_UN)  # said aloud: a forked child may hold a copy of the descriptor
-    os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Storage errors as sentences of ours; the only place that knows SQLite's codes."""
-    try:
-        yield
-    except sqlite3.Error as exc:
-        raise _storage_error(path, exc) from exc
-    except OSError as exc:
-        raise Unavailable(f"the update log {path} can't be used: {exc}; check the path and its permissions") from exc
-
-
-def _storage_error(path: Path, exc: sqlite3.Error) -> WeighbridgeError:
-    code = getattr(exc, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return FailedPrecondition(
-            f"{path} is damaged or not an update log ({exc}); it was left as it is: restore it from a copy, or choose "
-            "another path"
-        )
-    if code == sqlite3.SQLITE_FULL:
-        return ResourceExhausted(
-            f"the disk of the update log {path} is full ({exc}); nothing was recorded: free space and try again",
-            retry_after_s=30.0,
-        )
-    return Unavailable(f"the update log {path} could not be read or written ({exc}); nothing was recorded: try again")
 
 
 def _weighter(db: sqlite3.Connection, uid: str) -> tuple[int, str, int, int]:
@@ -382,16 +280,36 @@ def _taken(db: sqlite3.Connection, job: int, update: MetaUpdate, digest: bytes) 
     return int(row[0])
 
 
+def _job_values(job: JobRecord) -> tuple[object, ...]:
+    """In the order of _JOB_COLUMNS."""
+    return (
+        job.role.value,
+        json.dumps(job.feature_names),
+        job.open,
+        job.reference,
+        job.reference_checksum,
+        job.documents_checksum,
+    )
+
+
 def _job_records(db: sqlite3.Connection, column: str, value: str) -> list[JobRecord]:
     rows = db.execute(
-        "SELECT job_id, uid, role, feature_names, open FROM jobs JOIN weighters ON weighters.id = jobs.weighter "
+        f"SELECT job_id, uid, {', '.join(_JOB_COLUMNS)} FROM jobs JOIN weighters ON weighters.id = jobs.weighter "
         f"WHERE {column} = ? ORDER BY jobs.id",
         (value,),
     ).fetchall()
     return [
-        JobRecord(job_id, uid, Role(role), tuple(json.loads(names)), bool(is_open))
-        for job_id, uid, role, names, is_open in rows
+        JobRecord(job_id, uid, Role(role), tuple(json.loads(names)), bool(is_open), *reference)
+        for job_id, uid, role, names, is_open, *reference in rows
     ]
+
+
+def _profile_bytes(profile: np.ndarray) -> bytes:
+    if profile.ndim != 1 or profile.dtype != np.float16:
+        raise InvalidArgument(
+            f"a profile must be [buckets] float16, got {profile.dtype.name} of shape {list(profile.shape)}"
+        )
+    return profile.astype("<f2").tobytes()
 
 
 def _checksum(uid: str, position: int, payload: bytes) -> int:

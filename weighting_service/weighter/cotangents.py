@@ -6,11 +6,12 @@ Plain float64 arithmetic on the CPU, so that it is the same on every device. Kno
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from weighting_contract.spec import LearningSpec
+from weighting_service.weighter.trust import TrustSignal
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,15 @@ class RunningMean:
 
 @dataclass(frozen=True)
 class JobSignal:
-    """What is kept about one job: an exponential mean square of its cotangents, and their correlation with logits."""
+    """What is kept about one job: a mean square of its cotangents, their correlation with logits, and its trust.
+
+    All but the trust move with the updates that were learned from; the trust moves with those that had probes.
+    """
 
     updates: int = 0
     mean_square: float = 0.0  # not bias-corrected
     correlation: RunningMean = RunningMean()
+    trust: TrustSignal = field(default_factory=TrustSignal)
 
     def rms(self, memory: float) -> float:
         """Running root mean square of the centred cotangents, corrected for the zero that it started from."""
@@ -39,7 +44,8 @@ class JobSignal:
 
     def observe(self, cotangent: np.ndarray, agreement: float, memory: float) -> JobSignal:
         """With one more centred cotangent [B], and its correlation with the logits given before it was learned."""
-        return JobSignal(
+        return replace(
+            self,
             updates=self.updates + 1,
             mean_square=memory * self.mean_square + (1 - memory) * float(np.mean(np.square(cotangent))),
             correlation=self.correlation.add(agreement),

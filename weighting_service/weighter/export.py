@@ -88,7 +88,8 @@ def _portable_spec(spec: WeighterSpec, published: Published) -> WeighterSpec:
 def _architecture(spec: WeighterSpec) -> dict[str, Any]:
     """What parameters mean: they fit no weighter that differs here, even where their shapes do."""
     return {
-        "spec.features": spec.features,
+        "spec.features.names": spec.features.names if spec.features else (),
+        "spec.features.hidden_size": spec.features.hidden_size if spec.features else 0,
         "spec.tokens.encoder_config": json.loads(spec.tokens.encoder_config) if spec.tokens else None,
         "spec.head.width": spec.head.width,
         "spec.head.layers": spec.head.layers,

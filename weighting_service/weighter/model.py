@@ -5,9 +5,10 @@ Knows tensors and the spec; nothing of jobs, learning or weights (see normalise.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from weighting_contract.spec import HeadSpec, WeighterSpec
 from weighting_service.domain import Inputs
 from weighting_service.weighter.encoder import TokenEncoder
+
+Module = TypeVar("Module", bound=nn.Module)
 
 LARGEST_INPUT = 1e15  # beyond it the squares inside LayerNorm could overflow float32
 
@@ -93,6 +96,10 @@ class DataWeightingModel(nn.Module):
         """Token ids lie below it; None where the model reads no tokens."""
         return self.encoder.vocabulary_size if self.encoder is not None else None
 
+    def frozen_copy(self) -> DataWeightingModel:
+        """The model as it is now, for good: no parameter learns, and only those that never do are shared."""
+        return _frozen_copy(self)
+
     def forward(self, samples: Samples) -> Tensor:
         """Logits [N] of the samples of ONE batch."""
         logits: Tensor = self.compare(self.embed(samples)[None])[0]
@@ -158,6 +165,23 @@ class Block(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
         joined: Tensor = mixed.transpose(1, 2).reshape(jobs, samples, triple // 3)
         return joined
+
+
+def _frozen_copy(module: Module) -> Module:
+    """Our own modules keep tensors in the usual places alone, so a copy of each place does: a quarter of a deep copy's
+    time, and there is one for every update. An encoder may keep its tensors anywhere.
+    """
+    if isinstance(module, TokenEncoder):
+        shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+        return copy.deepcopy(module, shared).requires_grad_(False)
+    twin = copy.copy(module)
+    twin._parameters = {
+        name: None if p is None else nn.Parameter(p.detach().clone(), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    twin._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    twin._modules = {name: None if m is None else _frozen_copy(m) for name, m in module._modules.items()}
+    return twin
 
 
 def _equally_long(rows: list[np.ndarray | None]) -> list[np.ndarray | None]:

@@ -1,4 +1,7 @@
-"""Logits to weights: temperature, floor and the guard on the effective sample size. Pure tensor functions."""
+"""Logits to weights: temperature, floor and the guard on the effective sample size. Pure tensor functions.
+
+A job's trust is a factor on its logits before they get here.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,16 @@ def to_weights(
         Weights [..., B], 0 where masked, and effective sample sizes [...], in samples (detached).
     """
     scaled = guarded(logits, mask, temperature=temperature, floor=floor, min_effective_share=min_effective_share)
+    return weights_of(scaled, mask, floor=floor)
+
+
+def weights_of(
+    scaled: Tensor,  # [..., B]
+    mask: Tensor | None = None,  # [..., B] bool
+    *,
+    floor: float,
+) -> tuple[Tensor, Tensor]:
+    """Weights [..., B] and effective sample sizes [...] (detached) of logits that `guarded` made ready."""
     weights = _weights(scaled, mask, floor)
     return weights, _effective_sample_size(weights.detach())
 

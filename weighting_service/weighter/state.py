@@ -14,8 +14,10 @@ from torch import Tensor
 from weighting_contract.errors import InvalidArgument
 from weighting_service.domain import LearningStatistics
 from weighting_service.weighter.cotangents import JobSignal, RunningMean
+from weighting_service.weighter.trust import TrustSignal
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # format 1 had no trust: a job's starts anew
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ def state_to_json(state: State) -> dict[str, Any]:
 
 def state_from_json(values: Mapping[str, Any]) -> State:
     """What `state_to_json` wrote. Raises InvalidArgument where it didn't."""
-    if values.get("format") != FORMAT:
-        raise InvalidArgument(f"the state has format {values.get('format')!r}, this version reads format {FORMAT}")
+    if values.get("format") not in READABLE:
+        raise InvalidArgument(
+            f"the state has format {values.get('format')!r}, this version reads formats {READABLE[0]} to {FORMAT}"
+        )
     try:
         return State(
             position=int(values["position"]),
@@ -59,7 +63,8 @@ def state_from_json(values: Mapping[str, Any]) -> State:
 
 
 def _job(values: Mapping[str, Any]) -> JobSignal:
-    return JobSignal(**{**values, "correlation": RunningMean(**values["correlation"])})
+    parts = {"correlation": RunningMean(**values["correlation"]), "trust": TrustSignal(**values.get("trust", {}))}
+    return JobSignal(**{**values, **parts})
 
 
 def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

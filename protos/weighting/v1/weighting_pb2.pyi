@@ -90,7 +90,7 @@ class HeadSpec(_message.Message):
     def __init__(self, width: _Optional[int] = ..., layers: _Optional[int] = ..., attention_heads: _Optional[int] = ..., temperature: _Optional[float] = ..., floor: _Optional[float] = ..., min_effective_share: _Optional[float] = ...) -> None: ...
 
 class LearningSpec(_message.Message):
-    __slots__ = ("learning_rate", "weight_decay", "max_gradient_norm", "cotangent_clip", "cotangent_memory", "max_staleness", "trust")
+    __slots__ = ("learning_rate", "weight_decay", "max_gradient_norm", "cotangent_clip", "cotangent_memory", "max_staleness", "trust", "averaging")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     MAX_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,7 @@ class LearningSpec(_message.Message):
     COTANGENT_MEMORY_FIELD_NUMBER: _ClassVar[int]
     MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
     TRUST_FIELD_NUMBER: _ClassVar[int]
+    AVERAGING_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     weight_decay: float
     max_gradient_norm: float
@@ -105,7 +106,8 @@ class LearningSpec(_message.Message):
     cotangent_memory: float
     max_staleness: int
     trust: bool
-    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., cotangent_clip: _Optional[float] = ..., cotangent_memory: _Optional[float] = ..., max_staleness: _Optional[int] = ..., trust: bool = ...) -> None: ...
+    averaging: float
+    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., cotangent_clip: _Optional[float] = ..., cotangent_memory: _Optional[float] = ..., max_staleness: _Optional[int] = ..., trust: bool = ..., averaging: _Optional[float] = ...) -> None: ...
 
 class Weighter(_message.Message):
     __slots__ = ("name", "spec", "position", "applied_position", "parameters", "jobs_open", "learning", "created_unix_ms", "initial")

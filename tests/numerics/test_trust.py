@@ -1,0 +1,285 @@
+"""Trust against plain sums in float64; and that a weighter's word is taken by the jobs for which it proves right."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
+from weighting_service.domain import Estimator, Inputs, JobStatistics, MetaUpdate, ScoreOptions, Scores
+from weighting_service.weighter import Weighter
+from weighting_service.weighter.trust import LARGEST_T, TrustSignal, probe_agreement
+
+SPEC = WeighterSpec(
+    features=FeatureSpec(names=("a", "b", "c")),
+    head=HeadSpec(width=8, attention_heads=2, min_effective_share=0.2),
+    learning=LearningSpec(learning_rate=1e-2),
+)
+HARMFUL, RANDOM, REVERSED = 1.0, 0.0, -1.0  # how the first feature goes with the cotangent
+
+
+def signal_of(values: list[float]) -> TrustSignal:
+    signal = TrustSignal()
+    for x in values:
+        signal = signal.add(x)
+    return signal
+
+
+def naive_t(values: list[float]) -> float:
+    """Weighted t with reliability weights, sum by sum."""
+    w = [0.99**age for age in reversed(range(len(values)))]
+    mean = math.fsum(a * x for a, x in zip(w, values, strict=True)) / math.fsum(w)
+    squares = math.fsum(a * (x - mean) ** 2 for a, x in zip(w, values, strict=True))
+    variance = squares / (math.fsum(w) - math.fsum(a * a for a in w) / math.fsum(w))  # unbiased
+    return mean / math.sqrt(variance * math.fsum(a * a for a in w)) * math.fsum(w)
+
+
+def update_of(
+    position: int, kind: float = HARMFUL, job: str = "job", samples: int = 16, **values: object
+) -> MetaUpdate:
+    rng = np.random.default_rng([position, samples])
+    features = rng.normal(size=(samples, 3)).astype(np.float32)
+    cotangent = (1e-3 * (kind * features[:, 0] + rng.normal(size=samples))).astype(np.float32)
+    return MetaUpdate(job, str(position), position, Inputs(features), cotangent, position - 1, **values)  # type: ignore[arg-type]
+
+
+def taught(updates: int, spec: WeighterSpec = SPEC) -> Weighter:
+    """By "teacher", who has earned trust."""
+    weighter = Weighter(spec, device=torch.device("cpu"))
+    for position in range(1, updates + 1):
+        weighter.apply(position, update_of(position, job="teacher"))
+    return weighter
+
+
+def follow(weighter: Weighter, updates: int, kind: float, job: str) -> JobStatistics:
+    for position in range(weighter.position + 1, weighter.position + updates + 1):
+        weighter.apply(position, update_of(position, kind, job, trust_only=True))
+    return weighter.statistics.jobs[job]
+
+
+# ---- The statistic -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 100, 1000])
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (0.3, 1.0), (1e6, 1e-3), (-1e-9, 1e-8)])
+def test_t_is_the_mean_over_its_standard_error(count: int, mean: float, spread: float) -> None:
+    values = (mean + spread * np.random.default_rng(count).normal(size=count)).tolist()
+    expected = min(max(naive_t(values), -LARGEST_T), LARGEST_T)
+    assert signal_of(values).t == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert signal_of(values).updates == count
+
+
+def test_without_decay_it_would_be_the_textbook_t() -> None:
+    """Of few updates: the weights are nearly equal then."""
+    values = np.random.default_rng(3).normal(0.5, 1, size=10)
+    textbook = values.mean() / (values.std(ddof=1) / math.sqrt(10))
+    assert signal_of(values.tolist()).t == pytest.approx(textbook, rel=0.05)
+
+
+def test_old_updates_are_forgotten() -> None:
+    noise = np.random.default_rng(0).normal(size=1500)
+    assert signal_of([*(noise[:500] + 1), *(noise[500:] - 1)]).t < -5
+
+
+@pytest.mark.parametrize(("t", "factor"), [(-4, 0), (0, 0), (1.5, 0), (2, 0.25), (2.5, 0.5), (3.5, 1), (9, 1)])
+def test_factor_rises_from_t_1_5_to_3_5(t: float, factor: float) -> None:
+    signal = TrustSignal(updates=100, weight=100.0, weight_squares=100.0, mean=t, squares=100.0 * 99.0)
+    assert signal.t == pytest.approx(t)
+    assert signal.factor == pytest.approx(factor)
+
+
+def test_nothing_is_held_against_a_weighter_before_eight_updates() -> None:
+    assert [signal_of([-1.0] * count).factor for count in range(10)] == [1.0] * 8 + [0.0] * 2
+
+
+@pytest.mark.parametrize(("value", "t", "factor"), [(0.1, LARGEST_T, 1), (0.0, 0, 0), (-0.1, -LARGEST_T, 0)])
+def test_equal_agreements_have_no_spread_to_divide_by(value: float, t: float, factor: float) -> None:
+    signal = signal_of([value] * 20)
+    assert (signal.t, signal.factor) == (t, factor)
+    assert signal_of([value]).t == 0
+
+
+def test_agreement_is_positive_where_more_weight_helped() -> None:
+    cotangent, logits = np.array([-2.0, 1.0, 0.5, 4.0], np.float32), np.array([3.0, -1.0, 0.25, -7.0])
+    mean = sum(logits) / 4
+    expected = sum(-c * (z - mean) for c, z in zip(cotangent, logits, strict=True)) / 4 / 2.5
+    assert probe_agreement(cotangent, logits, 2.5) == pytest.approx(expected, rel=1e-12)
+    assert expected > 0
+
+
+@pytest.mark.parametrize("logits", [[], [1.0], [0.1] * 16])
+def test_probes_that_say_nothing_are_no_observation(logits: list[float]) -> None:
+    z = np.array(logits)
+    assert probe_agreement(np.ones(len(z)), z, float(z.std()) if len(z) else 0.0) is None
+
+
+# ---- In a weighter -------------------------------------------------------------------------------------------------
+
+
+def test_a_jobs_trust_is_that_of_the_logits_given_before_each_update() -> None:
+    """All kinds of updates against the formulas, from the scores that the weighter gave."""
+    weighter = taught(5)
+    memory, clip = SPEC.learning.cotangent_memory, SPEC.learning.cotangent_clip
+    squares: list[float] = []
+    values: list[float] = []
+    for position in range(6, 30):
+        probes = np.arange(16) < {0: 4, 1: 1, 2: 16}[position % 3]
+        trust_only = position % 4 == 0
+        update = update_of(position, probes=probes, trust_only=trust_only, estimator=Estimator.SCORE_FUNCTION)
+        if position == 20:
+            update.cotangent[2] = 1.0  # an outlier, to be clipped
+        (scores,) = weighter.score([update.inputs])
+        weighter.apply(position, update)
+        c = update.cotangent.astype(np.float64)
+        c -= c.mean()
+        seen = [*squares, float((c**2).mean())]
+        weights = [memory**age for age in reversed(range(len(seen)))]
+        rms = math.sqrt(sum(w * s for w, s in zip(weights, seen, strict=True)) / sum(weights))
+        squares = squares if trust_only else seen
+        z = scores.logits.astype(np.float64)
+        if probes.sum() > 1:
+            x = -np.clip(c / rms, -clip, clip)[probes] * (z[probes] - z[probes].mean()) / z.std()
+            values.append(x.mean())
+        statistics = weighter.statistics.jobs["job"]
+        assert statistics.probed_updates == len(values)
+        assert statistics.trust_t == pytest.approx(naive_t(values) if len(values) > 1 else 0.0, rel=1e-3, abs=1e-3)
+    assert len(values) == 16
+
+
+@pytest.mark.parametrize("estimator", list(Estimator))
+def test_without_a_mask_only_samples_as_they_were_drawn_are_probes(estimator: Estimator) -> None:
+    weighter = taught(3)
+    weighter.apply(4, update_of(4, estimator=estimator))
+    assert weighter.statistics.jobs["job"].probed_updates == (1 if estimator is Estimator.VJP else 0)
+
+
+def test_jobs_are_trusted_as_far_as_the_weighter_is_right_for_them() -> None:
+    weighter = taught(60)
+    right, random, wrong = (
+        follow(weighter, 40, kind, job) for kind, job in ((HARMFUL, "right"), (RANDOM, "random"), (REVERSED, "wrong"))
+    )
+    assert (right.trust, right.probed_updates) == (1.0, 40)
+    assert right.trust_t > 4
+    assert random.trust < 0.5
+    assert abs(random.trust_t) < 2.5
+    assert (wrong.trust, wrong.trust_t < -4) == (0.0, True)
+
+    inputs = update_of(999).inputs
+    jobs = ["right", "wrong", "", "nobody"]
+    trusted, distrusted, *others = weighter.score([inputs] * 4, [ScoreOptions(job) for job in jobs])
+    assert trusted.weights.std() > 0.3
+    np.testing.assert_array_equal(distrusted.weights, np.ones(16, np.float32))
+    np.testing.assert_allclose(distrusted.logits, trusted.logits, rtol=0, atol=1e-6)
+    assert [s.trust for s in (trusted, distrusted, *others)] == [1.0, 0.0, 1.0, 1.0]
+    for scores in others:
+        np.testing.assert_array_equal(scores.weights, trusted.weights)
+
+
+def test_trust_scales_the_logits_before_guard_and_softmax() -> None:
+    weighter = taught(60)
+    follow(weighter, 1, RANDOM, "doubted")
+    metadata = weighter.state_metadata()
+    half = TrustSignal(updates=100, weight=100.0, weight_squares=100.0, mean=2.5, squares=100.0 * 99.0)
+    metadata["jobs"]["doubted"]["trust"] = asdict(half)
+    weighter.load_state(weighter.state_tensors(), metadata)
+    inputs = update_of(999).inputs
+    options = [ScoreOptions("doubted", min_effective_share=0.0), ScoreOptions("teacher", min_effective_share=0.0)]
+    doubted, trusted = weighter.score([inputs] * 2, options)
+    for scores, factor in ((doubted, 0.5), (trusted, 1.0)):
+        assert scores.trust == factor
+        shares = np.exp(factor * scores.logits.astype(np.float64))
+        np.testing.assert_allclose(scores.weights, 16 * shares / shares.sum(), rtol=1e-5)
+
+
+def test_guards_of_one_call_do_not_meet() -> None:
+    weighter = taught(100)
+    batches = [update_of(n, samples=n % 7 + 2).inputs for n in range(30)]
+    least = [(None, 0.0, 0.9, 1.0)[n % 4] for n in range(30)]
+    options = [ScoreOptions(min_effective_share=share) for share in least]
+    for inputs, option, scores in zip(batches, options, weighter.score(batches, options), strict=True):
+        (alone,) = weighter.score([inputs], [option])
+        np.testing.assert_allclose(scores.weights, alone.weights, rtol=0, atol=1e-5)
+        share = SPEC.head.min_effective_share if option.min_effective_share is None else option.min_effective_share
+        assert scores.effective_sample_size >= share * inputs.samples * (1 - 1e-5)
+    inputs = update_of(999).inputs
+    guarded, free = weighter.score([inputs] * 2, [ScoreOptions(min_effective_share=share) for share in (1.0, 0.0)])
+    assert guarded.effective_sample_size == pytest.approx(16, rel=1e-5)
+    assert free.effective_sample_size < 14
+
+
+def assert_same_bits(a: list[Scores], b: list[Scores]) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert one.weights.tobytes() == other.weights.tobytes()
+        assert one.logits.tobytes() == other.logits.tobytes()
+        assert one.effective_sample_size == other.effective_sample_size
+
+
+def test_full_trust_and_the_specs_own_guard_are_the_plain_path() -> None:
+    weighter = taught(40)
+    batches = [update_of(n, samples=n % 9 + 2).inputs for n in range(20)]
+    plain = weighter.score(batches)
+    share = SPEC.head.min_effective_share
+    assert_same_bits(weighter.score(batches, [ScoreOptions()] * 20), plain)
+    assert_same_bits(weighter.score(batches, [ScoreOptions("teacher", share)] * 20), plain)
+
+
+def test_updates_for_trust_alone_teach_nothing() -> None:
+    weighter = taught(20)
+    tensors, metadata, published = weighter.state_tensors(), weighter.state_metadata(), weighter.published
+    follow(weighter, 3, HARMFUL, "frozen")
+    weighter.apply(24, update_of(24, job="teacher", trust_only=True))
+
+    assert weighter.position == 24
+    assert weighter.published.model is published.model
+    assert all(torch.equal(t, tensors[name]) for name, t in weighter.state_tensors().items())
+    assert replace(weighter.statistics, jobs={}) == replace(published.statistics, jobs={})
+    frozen, teacher = weighter.statistics.jobs["frozen"], weighter.statistics.jobs["teacher"]
+    assert (frozen.updates_applied, frozen.cotangent_rms, frozen.probed_updates) == (0, 0.0, 3)
+    before = published.statistics.jobs["teacher"]
+    assert teacher.probed_updates == before.probed_updates + 1
+    assert teacher.trust_t != before.trust_t
+    assert replace(teacher, trust_t=0, probed_updates=0) == replace(before, trust_t=0, probed_updates=0)
+    jobs = {name: {**job, "trust": None} for name, job in weighter.state_metadata()["jobs"].items() if name != "frozen"}
+    assert jobs == {name: {**job, "trust": None} for name, job in metadata["jobs"].items()}
+
+
+@pytest.mark.parametrize("value", [4.0, math.nan])
+def test_updates_for_trust_that_say_nothing_are_skipped(value: float) -> None:
+    weighter = taught(5)
+    before = weighter.statistics
+    weighter.apply(6, replace(update_of(6, trust_only=True), cotangent=np.full(16, value, np.float32)))
+    assert weighter.position == 6
+    assert weighter.statistics == replace(before, updates_skipped=1)
+
+
+def test_a_spec_without_trust_keeps_the_statistics_and_the_weights() -> None:
+    spec = replace(SPEC, learning=replace(SPEC.learning, trust=False))
+    weighter, trusting = taught(60, spec), taught(60)
+    wrong, doubted = (follow(w, 20, REVERSED, "wrong") for w in (weighter, trusting))
+    assert doubted.trust == 0.0
+    assert wrong == replace(doubted, trust=1.0)
+    inputs = update_of(999).inputs
+    assert_same_bits(weighter.score([inputs], [ScoreOptions("wrong")]), trusting.score([inputs]))
+
+
+def test_trust_is_part_of_the_state_and_an_older_state_starts_without() -> None:
+    weighter = taught(30)
+    follow(weighter, 20, REVERSED, "wrong")
+    tensors, metadata = weighter.state_tensors(), json.loads(json.dumps(weighter.state_metadata(), allow_nan=False))
+    restored = Weighter(SPEC, device=torch.device("cpu"))
+    restored.load_state(tensors, metadata)
+    assert restored.statistics == weighter.statistics
+    assert follow(restored, 3, HARMFUL, "wrong") == follow(weighter, 3, HARMFUL, "wrong")
+
+    older = {**metadata, "format": 1, "jobs": {name: dict(job) for name, job in metadata["jobs"].items()}}
+    for job in older["jobs"].values():
+        del job["trust"]
+    restored.load_state(tensors, older)
+    wrong = restored.statistics.jobs["wrong"]
+    assert (wrong.trust, wrong.trust_t, wrong.probed_updates) == (1.0, 0.0, 0)
+    assert restored.statistics.jobs["teacher"].updates_applied == 30

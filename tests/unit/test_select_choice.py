@@ -1,0 +1,87 @@
+"""Which candidates are kept: against a naive Plackett-Luce in float64, and what never may happen."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer_client.select import choose
+from weighting_contract.errors import InvalidArgument
+
+WEIGHTS = np.array([0.4, 1.6, 0.8, 1.2, 0.0, 2.0], np.float32)
+
+
+def draws(weights: np.ndarray, keep: int, probes: int, count: int = 4000) -> np.ndarray:
+    """[count, keep] kept."""
+    return np.stack([choose(weights, keep, probes, (7, step))[0] for step in range(count)])
+
+
+def naive_inclusion(weights: np.ndarray, keep: int) -> np.ndarray:
+    """[N] probability of being kept when samples are drawn one after the other in proportion to their weights."""
+    included = np.zeros(len(weights))
+    for order in permutations(range(len(weights)), keep):
+        left, probability = float(weights.sum()), 1.0
+        for i in order:
+            probability *= weights[i] / left if left > 1e-12 else 0.0
+            left -= float(weights[i])
+        included[list(order)] += probability
+    return included
+
+
+def test_kept_as_often_as_draws_in_proportion_to_the_weights() -> None:
+    kept = draws(WEIGHTS, keep=3, probes=0)
+    often = np.bincount(kept.flatten(), minlength=6) / len(kept)
+    np.testing.assert_allclose(often, naive_inclusion(WEIGHTS.astype(np.float64), 3), atol=0.03)
+    first = np.bincount(kept[:, 0], minlength=6) / len(kept)
+    np.testing.assert_allclose(first, WEIGHTS / WEIGHTS.sum(), atol=0.03)
+
+
+def test_probes_are_drawn_evenly_and_come_first() -> None:
+    kept, probes = choose(WEIGHTS, 4, 2, (1, 2))
+    assert (kept.dtype, probes.tolist()) == (np.int64, [True, True, False, False])
+    assert len(set(kept.tolist())) == 4
+    drawn = draws(WEIGHTS, keep=4, probes=2)[:, :2]
+    np.testing.assert_allclose(np.bincount(drawn.flatten(), minlength=6) / len(drawn), np.full(6, 2 / 6), atol=0.03)
+
+
+def test_probes_do_not_change_the_order_of_the_others() -> None:
+    kept, probes = choose(WEIGHTS, 5, 2, (3, 4))
+    alone, _ = choose(WEIGHTS, 6, 2, (3, 4))
+    assert kept.tolist() == alone.tolist()[:5]
+    assert probes.sum() == 2
+
+
+def test_weight_zero_is_kept_only_where_nothing_else_is_left() -> None:
+    assert 4 not in draws(WEIGHTS, keep=5, probes=0, count=200)
+    zeros = np.array([0, 0, 0, 0, 3.0, 0])
+    kept = draws(zeros, keep=3, probes=0, count=2000)
+    assert (kept[:, 0] == 4).all()
+    often = np.bincount(kept[:, 1:].flatten(), minlength=6) / len(kept)
+    np.testing.assert_allclose(np.delete(often, 4), np.full(5, 2 / 5), atol=0.05)
+
+
+def test_the_seed_decides() -> None:
+    weights = np.ones(100)
+    first = choose(weights, 20, 4, (0, 5))[0].tolist()
+    assert choose(weights, 20, 4, (0, 5))[0].tolist() == first
+    assert choose(weights, 20, 4, (1, 5))[0].tolist() != first
+    assert choose(weights, 20, 4, (0, 6))[0].tolist() != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((np.ones((2, 2)), 1, 0), "expected .N., all finite"),
+        ((np.array([1, -1.0]), 1, 0), "0 or more"),
+        ((np.array([1, np.nan]), 1, 0), "finite"),
+        ((np.ones(3), 4, 0), "keep is 4, expected from 1 to 3"),
+        ((np.ones(3), 0, 0), "keep is 0"),
+        ((np.ones(3), 2, 3), "probes is 3, expected from 0 to 2"),
+    ],
+)
+def test_what_can_not_be_chosen_from_is_refused(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        choose(*arguments, seed=(0,))

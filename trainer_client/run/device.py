@@ -1,0 +1,32 @@
+"""The device that a command trains on, and torch set to compute the same thing twice. Knows settings only."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from trainer_client.run.config import RunConfig
+from weighting_contract.errors import InvalidArgument
+
+
+def set_up_torch(config: RunConfig) -> torch.device:
+    """The device of `config`, torch set to compute the same thing twice. Raises InvalidArgument for a wrong one."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise InvalidArgument(f"--device is {config.device!r}, expected cpu, cuda, cuda:N or auto") from exc
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"--device is {config.device!r}, expected cpu, cuda, cuda:N or auto")
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        if (device.index or 0) >= found:
+            raise InvalidArgument(f"--device is {config.device!r}, but torch sees {found} CUDA devices")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products differ from run to run
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return device

@@ -1,0 +1,96 @@
+"""From a finished loop to its summary: final losses, what was trained on, and what it took."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from trainer_client.run.choose import Selected
+from trainer_client.run.compute import Compute, scoring_flops, teaching_flops, training_flops
+from trainer_client.run.evaluate import mean_loss
+from trainer_client.run.loop import Loop
+from trainer_client.run.metrics import read_metrics
+from trainer_client.run.models import count_parameters
+from trainer_client.run.plot import SourceHistory
+from trainer_client.run.reference import RunReference
+from trainer_client.run.report import RunSummary, mean_effective_size, shares_by_source, weights_by_source
+from trainer_client.run.variants import Variant
+
+
+def source_history(loop: Loop) -> SourceHistory:
+    """What a finished run was trained on."""
+    train, choices = loop.task.train, [loop.chooser.choose(step) for step in range(loop.config.steps)]
+    return SourceHistory(
+        weights=loop.weigher.recorded(loop.config.steps),
+        sources=np.stack([train.source_index[choice.indices] for choice in choices]),
+        drawn=np.stack([train.source_index[choice.drawn] for choice in choices]),
+        names=list(train.sources),
+    )
+
+
+def summarise(
+    variant: Variant,
+    loop: Loop,
+    history: SourceHistory,
+    weighter: dict[str, Any] | None,
+    reference: RunReference | None,
+) -> RunSummary:
+    """The summary of a finished run; evaluates on all validation and test samples.
+
+    Args:
+        weighter: what is known of it; None: the run has none.
+        reference: of the job, if it has one.
+    """
+    config, task, totals = loop.config, loop.task, loop.totals
+    with totals.timed("wall_seconds"):
+        val_loss, test_loss = (
+            mean_loss(loop.model, split.tokens, config.batch_size, loop.device) for split in (task.val, task.test)
+        )
+    lines = read_metrics(loop.folder / "metrics.jsonl")
+    counts = loop.teacher.counts if loop.teacher else None
+    selected = loop.chooser if isinstance(loop.chooser, Selected) else None
+    return RunSummary(
+        label=variant.label,
+        method=variant.method,
+        mode=variant.mode,
+        weighter_from=variant.weighter_from,
+        role=variant.role,
+        candidates=config.candidates if variant.draws_candidates else 1,
+        seed=config.seed,
+        steps=config.steps,
+        tokens_seen=config.steps * config.batch_size * config.seq_len,
+        val_loss=val_loss,
+        test_loss=test_loss,
+        **asdict(totals),
+        wait_seconds=selected.wait_seconds if selected else 0.0,
+        meta_updates=counts.sent if counts else 0,
+        meta_updates_skipped=counts.degenerate if counts else 0,
+        effective_sample_size=mean_effective_size(history.weights),
+        weights_by_source=weights_by_source(history.weights, history.sources, history.names),
+        shares_by_source=shares_by_source(history.weights, history.sources, history.names),
+        trust=next((line["trust"] for line in reversed(lines) if "trust" in line and not line["fallback"]), None),
+        compute=_compute(loop, variant, reference).to_dict(),
+        reference=reference.about() if reference and selected else None,
+        weighter=weighter,
+        test_curve=[(line["step"], line["seconds"], line["test_loss"]) for line in lines if "test_loss" in line],
+    )
+
+
+def _compute(loop: Loop, variant: Variant, reference: RunReference | None) -> Compute:
+    config, parameters = loop.config, count_parameters(loop.model)
+    taught = loop.teacher.counts.computed * config.seq_len if loop.teacher else 0  # tokens for each sample of an update
+    scoring = trained = 0.0
+    if variant.selects and reference is not None:
+        choices = [loop.chooser.choose(step) for step in range(config.steps)]
+        scored = sum(len(choice.drawn) for choice in choices if not choice.fallback)
+        scoring, trained = scoring_flops(reference.parameters, scored * config.seq_len), reference.trained_flops
+    return Compute(
+        training_flops=training_flops(parameters, config.steps * config.batch_size * config.seq_len),
+        teaching_flops=teaching_flops(
+            parameters, config.hypergradient, taught * config.meta_batch, taught * config.val_batch
+        ),
+        scoring_flops=scoring,
+        reference_flops=trained,
+    )

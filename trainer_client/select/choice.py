@@ -1,0 +1,64 @@
+"""Which candidates are kept: Gumbel top-k on the logs of their weights, and some drawn evenly. Numpy only.
+
+Knows neither jobs nor loaders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from weighting_contract.errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The batch of a step, as indices of its N candidates."""
+
+    step: int
+    kept: np.ndarray  # [B] int64: the probes first, then by decreasing log weight + noise
+    probes: np.ndarray  # [B] bool, drawn evenly from all candidates
+    statistics: np.ndarray | None  # [B, F] float32 of those kept, to teach with; None on a fallback
+    position: int  # of the weighter that scored; on a fallback the last one known
+    fallback: bool  # the first candidates as they came, as they could not be scored, or were not more than B
+    trust: float  # the factor in [0, 1] that was on the logits; on a fallback 0
+    weights: np.ndarray  # [B] float32 of those kept, of mean 1 over all candidates; on a fallback all 1
+
+
+def choose(weights: np.ndarray, keep: int, probes: int, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which of N candidates to keep, and which of these are probes.
+
+    First `probes` are drawn evenly from all N. The other places go, without replacement and with probabilities in
+    proportion to the weights, to the rest: to the largest log w_i + g_i with g_i of the standard Gumbel distribution
+    (Kool et al. 2019, arXiv 1903.06059). Candidates of weight 0 are kept only where there are no others left.
+
+    Args:
+        weights: [N] finite, 0 or more.
+        keep: places, 1 to N.
+        probes: of these, 0 to keep.
+        seed: whole numbers from 0, such as a job's seed and the step; equal ones give equal choices.
+
+    Returns:
+        (kept [keep] int64, probes [keep] bool): the probes first, then by decreasing log w_i + g_i.
+
+    Raises:
+        InvalidArgument: weights that are no weights, or numbers that do not fit together.
+    """
+    weights = np.asarray(weights)
+    if weights.ndim != 1 or not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise InvalidArgument(f"weights of shape {list(weights.shape)}: expected [N], all finite and 0 or more")
+    if not 1 <= keep <= len(weights):
+        raise InvalidArgument(f"keep is {keep}, expected from 1 to {len(weights)}, the number of candidates")
+    if not 0 <= probes <= keep:
+        raise InvalidArgument(f"probes is {probes}, expected from 0 to {keep}, the number of candidates that are kept")
+    generator = np.random.default_rng(list(seed))
+    drawn = generator.choice(len(weights), probes, replace=False)
+    noise = generator.gumbel(size=len(weights))
+    with np.errstate(divide="ignore"):
+        logs = np.log(weights.astype(np.float64))
+    # Zeros come last, among themselves in the order of the noise.
+    order = np.lexsort((-np.where(np.isfinite(logs), logs + noise, noise), weights == 0))
+    others = order[~np.isin(order, drawn)][: keep - probes]
+    return np.concatenate([drawn, others]).astype(np.int64), np.arange(keep) < probes

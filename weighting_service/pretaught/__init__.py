@@ -1,0 +1,17 @@
+"""What comes with the package: a weighter that was taught before, and the small reference that it was taught with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NAME = "pretaught"  # of the reference, and of the initial parameters in CreateWeighter
+
+
+def reference_folder() -> Path:
+    """The folder of the packaged reference, with the files of `weighting_contract.reference`."""
+    return Path(__file__).parent / "reference"
+
+
+def weighter_folder() -> Path:
+    """The folder of the packaged weighter, an export that `load_weighter` reads."""
+    return Path(__file__).parent / "weighter"

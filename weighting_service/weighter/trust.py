@@ -1,0 +1,89 @@
+"""How far a weighter's word has proved right for a job: the factor in [0, 1] on the job's logits.
+
+Samples that were drawn evenly, whatever their weights, are probes: whether a high logit went with a helpful sample
+(a negative cotangent) can be seen on them without bias. Plain float64 arithmetic on the CPU, so that it is the same on
+every device. Knows no model and nothing of how a weighter learns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+MEMORY = 0.99  # of the moments, per probed update: the last hundred count
+LEAST_UPDATES = 8  # probed ones; before, nothing is held against the weighter
+DISTRUSTED_T, T_RANGE = 1.5, 2.0  # trust is 0 up to t = 1.5 and whole from t = 3.5 on
+LARGEST_T = 1e6  # in place of infinity, where every update agreed to the same degree
+
+
+@dataclass(frozen=True)
+class TrustSignal:
+    """Exponentially weighted moments of `probe_agreement` over the updates so far; the newest has the weight 1."""
+
+    updates: int = 0  # probed ones
+    weight: float = 0.0  # sum of the weights w
+    weight_squares: float = 0.0  # sum of w^2
+    mean: float = 0.0
+    squares: float = 0.0  # sum of w (x - mean)^2
+
+    def add(self, x: float) -> TrustSignal:
+        """With one more update's agreement. Moves mean and squares together, so that nothing cancels (West, 1979)."""
+        weight = MEMORY * self.weight + 1
+        off = x - self.mean
+        mean = self.mean + off / weight
+        return TrustSignal(
+            updates=self.updates + 1,
+            weight=weight,
+            weight_squares=MEMORY**2 * self.weight_squares + 1,
+            mean=mean,
+            squares=MEMORY * self.squares + off * (x - mean),
+        )
+
+    @property
+    def t(self) -> float:
+        """Mean over its standard error, in [-LARGEST_T, LARGEST_T]; 0 before the second probed update.
+
+            t = mean / sqrt(variance / (n - 1)),   n = (sum w)^2 / sum w^2   the effective number of updates
+
+        `variance` is the weighted mean square about the mean; over n - 1 rather than n, as it is about the sample's
+        own mean.
+        """
+        if self.updates < 2:
+            return 0.0
+        n = self.weight**2 / self.weight_squares
+        error = math.sqrt(self.squares / self.weight / (n - 1))
+        if error <= abs(self.mean) / LARGEST_T:
+            return math.copysign(LARGEST_T, self.mean) if self.mean else 0.0
+        return self.mean / error
+
+    @property
+    def factor(self) -> float:
+        """clip((t - 1.5) / 2, 0, 1); 1 before the eighth probed update."""
+        if self.updates < LEAST_UPDATES:
+            return 1.0
+        return min(max((self.t - DISTRUSTED_T) / T_RANGE, 0.0), 1.0)
+
+
+def probe_agreement(
+    cotangent: np.ndarray,  # [P]
+    logits: np.ndarray,  # [P]
+    logit_std: float,
+) -> float | None:
+    """How well the logits of an update's probes went with what the probes turned out to be worth.
+
+        x = mean over the probes of  -c * (z - mean of z) / std
+
+    Args:
+        cotangent: the probes' part of the batch's cotangent, centred and in units of its job's running RMS, clipped.
+        logits: theirs, as given before the update was learned.
+        logit_std: standard deviation of the logits of the whole batch.
+
+    Returns:
+        Positive where more weight helped; None where the probes say nothing: fewer than two, or all of one logit.
+    """
+    if len(logits) < 2 or np.ptp(logits) == 0:
+        return None
+    z = logits.astype(np.float64)
+    return float(np.mean(-cotangent.astype(np.float64) * (z - z.mean())) / logit_std)
