@@ -35,26 +35,17 @@ from trainer_client.run.forward import sample_losses, token_losses
 from trainer_client.run.loop import build_optimizer, learning_rate
 from trainer_client.run.models import build_model
 from trainer_client.run.progress import preparing
+from trainer_client.run.session import SELECT_SPEC
 from trainer_client.run.task import Task, build_task
 from trainer_client.select import Selector
-from weighting_contract.columns import COLUMNS
 from weighting_contract.profile import make_profile
 from weighting_contract.reference import check_reference, read_counts, write_reference
-from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
 
 NAME, REFERENCE = "taught", "pool"
 CPU = torch.device("cpu")
 TAUGHT, VALIDATION = 16, 8  # samples behind a cotangent
-# Taught at temperature 1, used at a third: sharper choices are noise while they are learned, and gain once they are
-# right (docs/method.md).
-TAUGHT_AS = WeighterSpec(
-    features=FeatureSpec(names=COLUMNS),
-    head=HeadSpec(min_effective_share=0.1),
-    learning=LearningSpec(learning_rate=3e-3),
-)
-USED_AS = replace(
-    TAUGHT_AS, head=replace(TAUGHT_AS.head, temperature=0.33), learning=replace(TAUGHT_AS.learning, learning_rate=1e-3)
-)
+# Once it knows something, smaller steps lose less of it.
+USED_AS = replace(SELECT_SPEC, learning=replace(SELECT_SPEC.learning, learning_rate=1e-3))
 
 
 class Teacher:
@@ -124,7 +115,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("weighting_service/pretaught"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as work, preparing(Console()) as progress:
+    console = Console()
+    with tempfile.TemporaryDirectory() as work, preparing(console) as bar:
+        progress = bar if console.is_terminal else _lines(console)
         tasks = load_tasks(Path(work), given.steps, progress)
         reference = train_reference(tasks[0], progress)
         weighter = teach(tasks, reference, progress)
@@ -166,7 +159,7 @@ def teach(tasks: list[tuple[RunConfig, Task]], reference: dict[str, bytes], prog
     steps = tasks[0][0].steps
     with connect("embedded") as client, tempfile.TemporaryDirectory() as export:
         client.put_reference(REFERENCE, reference)
-        client.create_weighter(NAME, TAUGHT_AS)
+        client.create_weighter(NAME, SELECT_SPEC)
         teachers = [Teacher(client, task, config, reference) for config, task in tasks]
         for step in range(steps):
             for teacher in teachers:
@@ -182,6 +175,16 @@ def teach(tasks: list[tuple[RunConfig, Task]], reference: dict[str, bytes], prog
     config = json.loads(files["config.json"])
     files["config.json"] = (json.dumps({**config, "spec": USED_AS.to_dict()}, indent=2) + "\n").encode()
     return files
+
+
+def _lines(console: Console) -> Progress:
+    """Progress where there is no terminal to draw on."""
+
+    def line(done: int, total: int, what: str) -> None:
+        if what.startswith("teaching") and done % 50 == 0:
+            console.print(f"step {done} of {total}: {what}", highlight=False)
+
+    return line
 
 
 if __name__ == "__main__":

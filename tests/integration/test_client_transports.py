@@ -312,7 +312,7 @@ def test_watching_follows_the_applied_position(client: Client, name: str) -> Non
 
 
 def test_a_call_ends_at_its_deadline(url: str) -> None:
-    with connect(another(url), timeouts=Timeouts(admin_s=1e-4)) as hasty, pytest.raises(DeadlineExceeded):
+    with connect(another(url), timeouts=Timeouts(admin_s=1e-5)) as hasty, pytest.raises(DeadlineExceeded):
         hasty.create_weighter("never-in-time", TOKENS)
 
 

@@ -203,7 +203,9 @@ def test_guards_of_one_call_do_not_meet() -> None:
     options = [ScoreOptions(min_effective_share=share) for share in least]
     for inputs, option, scores in zip(batches, options, weighter.score(batches, options), strict=True):
         (alone,) = weighter.score([inputs], [option])
-        np.testing.assert_allclose(scores.weights, alone.weights, rtol=0, atol=1e-5)
+        # Where only even weights are admitted, rounding decides how uneven they may just be.
+        tolerance = 1e-3 if option.min_effective_share == 1 else 1e-5
+        np.testing.assert_allclose(scores.weights, alone.weights, rtol=0, atol=tolerance)
         share = SPEC.head.min_effective_share if option.min_effective_share is None else option.min_effective_share
         assert scores.effective_sample_size >= share * inputs.samples * (1 - 1e-5)
     inputs = update_of(999).inputs

@@ -26,7 +26,7 @@ from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, Weighte
 PRETAUGHT = "pretaught"
 SELECT_SPEC = WeighterSpec(  # reads a reference's statistics; candidates may be told apart sharply
     features=FeatureSpec(names=COLUMNS),
-    head=HeadSpec(min_effective_share=0.1),
+    head=HeadSpec(temperature=0.5, min_effective_share=0.1),
     learning=LearningSpec(learning_rate=3e-3),
 )
 WEIGHT_SPEC = WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES))  # reads the trainer's

@@ -1,0 +1,158 @@
+"""Selection against its goals: test loss from scratch, and steps of weighters that were taught elsewhere.
+
+    python -m benchmarks.select --check [--texts DIR] [--out runs/select] [--processes 2]
+
+Every figure comes from `python -m trainer_client.run` as users run it, its defaults unless said otherwise: 0.17 M
+parameters, 600 steps of 32 x 64 tokens, M = 5. A job that is finished in --out is not run again. `--texts` names a
+folder of books.jsonl.gz, wiki.jsonl.gz and web.jsonl.gz (a document with a `text` a line); without it the figures on
+books and wiki are left out. Each figure is printed beside its goal; with `--check` the program ends with 1 where one is
+not reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks.machine import describe
+from benchmarks.mixtures import text_mixture
+from trainer_client.run.report import RunSummary, reached_uniform
+
+SEEDS = (0, 1, 2)
+OTHERS = {"books": 0.45, "wiki": 0.55}  # share of uniform's steps in which a weighter taught elsewhere gets there
+
+
+@dataclass(frozen=True)
+class Job:
+    """One `python -m trainer_client.run`."""
+
+    name: str  # of its folder
+    flags: tuple[str, ...]
+    after: str = ""  # name of the job whose weighter it uses
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number and what it is to be at most."""
+
+    what: str
+    value: float
+    at_most: float
+    unit: str = "nats"
+
+    @property
+    def reached(self) -> bool:
+        return self.value <= self.at_most
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="end with 1 where a goal is not reached")
+    parser.add_argument("--texts", type=Path, help="folder of books, wiki and web texts")
+    parser.add_argument("--out", type=Path, default=Path("runs/select"), help="folder of the jobs")
+    parser.add_argument("--processes", type=int, default=2, help="jobs at a time, one core each")
+    given = parser.parse_args()
+    console = Console()
+    console.print(describe(), highlight=False)
+    corpora = write_corpora(given.texts, given.out) if given.texts else {}
+    run_all(jobs(corpora, given.out), given.out, given.processes, console)
+    figures = list(measured(given.out, corpora))
+    console.print(table(figures))
+    return int(given.check and not all(figure.reached for figure in figures))
+
+
+def write_corpora(texts: Path, out: Path) -> dict[str, tuple[str, ...]]:
+    """The flags of each mixture, whose files are written where they are missing."""
+    corpora = {}
+    for name in OTHERS:
+        folder = out / "corpora" / name
+        if not (folder / "test.jsonl").is_file():
+            text_mixture(name, texts).write(folder)
+        files = {"--data": "pool", "--val": "val", "--test": "test"}
+        corpora[name] = tuple(part for flag, file in files.items() for part in (flag, str(folder / f"{file}.jsonl")))
+    return corpora
+
+
+def jobs(corpora: dict[str, tuple[str, ...]], out: Path) -> list[Job]:
+    """Those that others need come first."""
+    compare = ("--compare", "uniform", "dsir", "weight-scratch")
+    scratch = ("--weighter-from", "none")
+    found = [Job(f"builtin-{seed}", ("--seed", str(seed), *scratch, *compare, "select")) for seed in SEEDS]
+    for name, flags in corpora.items():
+        found.append(Job(f"{name}-0", (*flags, "--compare", "uniform", "dsir")))
+        taught = ("--role", "frozen", *scratch, "--weighter", f"embedded://{(out / f'{name}-taught-state').resolve()}")
+        found.append(Job(f"{name}-taught", (*flags, *taught), after="builtin-0"))
+        found.append(Job(f"{name}-frozen", (*flags, "--role", "frozen")))
+    return found
+
+
+def run_all(todo: list[Job], out: Path, processes: int, console: Console) -> None:
+    """Runs what is not finished; raises SystemExit where a job fails."""
+    todo = [job for job in todo if not (out / job.name / "summary.json").is_file()]
+    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
+
+        def run(job: Job) -> None:
+            task = bar.add_task(job.name)
+            if job.after:
+                lend_weighter(out / job.after, out / f"{job.name}-state")
+            command = [sys.executable, "-m", "trainer_client.run", *job.flags, "--out", str(out / job.name)]
+            done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{job.name} failed: {done.stderr}")
+            bar.update(task, description=f"{job.name}: done", completed=100)
+            if not console.is_terminal:
+                console.print(f"{job.name}: done", highlight=False)
+
+        with ThreadPoolExecutor(processes) as pool:
+            for wave in ([j for j in todo if not j.after], [j for j in todo if j.after]):
+                list(pool.map(run, wave))
+
+
+def lend_weighter(taught_by: Path, state: Path) -> None:
+    """A copy of the weighters of a finished job: frozen jobs leave what they read as it is, but for their trust."""
+    shutil.rmtree(state, ignore_errors=True)
+    shutil.copytree(taught_by / "weighters", state)
+
+
+def measured(out: Path, corpora: dict[str, tuple[str, ...]]) -> Iterator[Figure]:
+    for seed in SEEDS:
+        runs = summaries(out / f"builtin-{seed}")
+        scratch = runs["select-scratch"].test_loss
+        for other, name in (("weight-scratch", "DWM inside the batch"), ("dsir", "DSIR")):
+            yield Figure(f"built-in, seed {seed}: selection from scratch, {name} being", scratch, runs[other].test_loss)
+        yield Figure(
+            f"built-in, seed {seed}: pretaught, uniform being", runs["select"].test_loss, runs["uniform"].test_loss
+        )
+    for name in corpora:
+        uniform = summaries(out / f"{name}-0")["uniform"]
+        for kind, words in (("taught", "taught on the built-in corpus"), ("frozen", "the package's")):
+            (run,) = summaries(out / f"{name}-{kind}").values()
+            steps = reached_uniform(run, uniform).steps
+            share = steps / uniform.steps if steps is not None else float("inf")
+            yield Figure(f"{name}: steps to uniform's end, frozen, {words}", share, OTHERS[name], "of uniform's")
+
+
+def summaries(folder: Path) -> dict[str, RunSummary]:
+    return {path.parent.name: RunSummary.read(path) for path in sorted(folder.glob("*/summary.json"))}
+
+
+def table(figures: list[Figure]) -> Table:
+    result = Table("figure", "measured", "at most", "", "", title="selection", title_justify="left")
+    for f in figures:
+        verdict = "[green]reached" if f.reached else "[red]MISSED"
+        result.add_row(f.what, f"{f.value:.3f}", f"{f.at_most:.3f}", f.unit, verdict)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
