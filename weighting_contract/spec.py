@@ -60,7 +60,8 @@ class LearningSpec:
     """The weighter's optimiser (AdamW), how cotangents of different jobs are brought to one scale, and what scores.
 
     Cotangents are mostly noise, so single updates swing the parameters; scores come from their running mean, with the
-    decay `averaging` per update (less in the first ones).
+    decay `averaging` per update (less in the first ones). `logit_penalty` is on half the variance of a batch's logits
+    where the score function teaches: logits z tend to -E[c | inputs] / logit_penalty, with c in running RMS.
     """
 
     learning_rate: float = 1e-3
@@ -71,6 +72,7 @@ class LearningSpec:
     max_staleness: int = 1000
     trust: bool = True
     averaging: float = 0.95
+    logit_penalty: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class WeighterSpec:
         _bound("spec.learning.cotangent_clip", u.cotangent_clip, 1e-3, 1e6)
         _bound("spec.learning.cotangent_memory", u.cotangent_memory, 0.0, 0.9999)
         _bound("spec.learning.averaging", u.averaging, 0.0, 0.9999)
+        _bound("spec.learning.logit_penalty", u.logit_penalty, 0.0, 1e3)
         _bound("spec.learning.max_staleness", u.max_staleness, 0, 2**31 - 1)
         _bound("spec.seed", self.seed, 0, 2**32 - 1)
 

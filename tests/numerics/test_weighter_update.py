@@ -86,8 +86,9 @@ def vjp_loss(logits: Tensor, cotangent: Tensor) -> Tensor:
 
 
 def score_function_loss(logits: Tensor, cotangent: Tensor) -> Tensor:
-    factor = w_factor(logits.detach())
-    return (cotangent * torch.log_softmax(factor * logits / SPEC.head.temperature, -1)).sum() / len(logits)
+    """Of log w with w = softmax(z): with a centred cotangent, guard and temperature would only be factors of it."""
+    penalty = SPEC.learning.logit_penalty * logits.var(correction=0) / 2
+    return ((cotangent - cotangent.mean()) * torch.log_softmax(logits, -1)).sum() / len(logits) + penalty
 
 
 class Reference:

@@ -224,10 +224,14 @@ class Weighter:
     def _learn(self, heard: _Heard, estimator: Estimator) -> _Lesson | None:
         """One optimiser step; None, and nothing changed, where a number isn't finite."""
         self._optimiser.zero_grad()
-        scaled_logits = self._guard(self._model(heard.samples))
-        weights, effective = weights_of(scaled_logits, floor=self.spec.head.floor)
+        logits = self._model(heard.samples)
+        weights, effective = weights_of(self._guard(logits), floor=self.spec.head.floor)
         cotangent = torch.from_numpy(heard.cotangent).to(self.device)
-        _surrogate(cotangent, scaled_logits, weights, estimator).backward()  # type: ignore[no-untyped-call]
+        if estimator is Estimator.SCORE_FUNCTION:
+            loss = _score_function_loss(cotangent, logits, self.spec.learning.logit_penalty)
+        else:
+            loss = (cotangent * weights).mean()  # VJP: sum_i c_i w_i / B, so that its size doesn't grow with the batch
+        loss.backward()  # type: ignore[no-untyped-call]
         largest = self.spec.learning.max_gradient_norm
         norm = float(nn.utils.clip_grad_norm_(self._trainable.values(), largest, foreach=True))
         if not math.isfinite(norm) or not self._step():
@@ -354,15 +358,15 @@ class Weighter:
         return {name: state[p] for name, p in self._trainable.items() if state.get(p)}
 
 
-def _surrogate(cotangent: Tensor, scaled: Tensor, weights: Tensor, estimator: Estimator) -> Tensor:
-    """The scalar whose gradient is the update's direction, over B so that its size doesn't grow with the batch.
+def _score_function_loss(cotangent: Tensor, logits: Tensor, penalty: float) -> Tensor:
+    """sum_i c_i log w_i / B for samples that were selected by their weights, with a penalty on the logits' size.
 
-    VJP: sum_i c_i w_i / B, for samples as they were drawn. Score function: sum_i c_i log w_i / B with w before the
-    floor, for samples that were selected by their weights.
+    As c is centred, the softmax's normalisation drops out and what is left is linear in the logits z: alone it has no
+    minimum, and z would grow until something saturates. With `penalty` / 2 times the variance of z it is, up to a
+    constant, the squared error of z against -c / penalty: a regression of what a sample's weight is worth.
     """
-    if estimator is Estimator.SCORE_FUNCTION:
-        return (cotangent * scaled.log_softmax(-1)).mean()
-    return (cotangent * weights).mean()
+    centred_logits = logits - logits.mean()
+    return (cotangent * centred_logits).mean() + penalty / 2 * centred_logits.square().mean()
 
 
 def _alike(sizes: Sequence[int], others: Sequence[Hashable]) -> Iterable[list[int]]:

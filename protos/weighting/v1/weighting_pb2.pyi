@@ -90,7 +90,7 @@ class HeadSpec(_message.Message):
     def __init__(self, width: _Optional[int] = ..., layers: _Optional[int] = ..., attention_heads: _Optional[int] = ..., temperature: _Optional[float] = ..., floor: _Optional[float] = ..., min_effective_share: _Optional[float] = ...) -> None: ...
 
 class LearningSpec(_message.Message):
-    __slots__ = ("learning_rate", "weight_decay", "max_gradient_norm", "cotangent_clip", "cotangent_memory", "max_staleness", "trust", "averaging")
+    __slots__ = ("learning_rate", "weight_decay", "max_gradient_norm", "cotangent_clip", "cotangent_memory", "max_staleness", "trust", "averaging", "logit_penalty")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     MAX_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class LearningSpec(_message.Message):
     MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
     TRUST_FIELD_NUMBER: _ClassVar[int]
     AVERAGING_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_PENALTY_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     weight_decay: float
     max_gradient_norm: float
@@ -107,7 +108,8 @@ class LearningSpec(_message.Message):
     max_staleness: int
     trust: bool
     averaging: float
-    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., cotangent_clip: _Optional[float] = ..., cotangent_memory: _Optional[float] = ..., max_staleness: _Optional[int] = ..., trust: bool = ..., averaging: _Optional[float] = ...) -> None: ...
+    logit_penalty: float
+    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., cotangent_clip: _Optional[float] = ..., cotangent_memory: _Optional[float] = ..., max_staleness: _Optional[int] = ..., trust: bool = ..., averaging: _Optional[float] = ..., logit_penalty: _Optional[float] = ...) -> None: ...
 
 class Weighter(_message.Message):
     __slots__ = ("name", "spec", "position", "applied_position", "parameters", "jobs_open", "learning", "created_unix_ms", "initial")
