@@ -22,7 +22,7 @@ define require_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format protos protos-check bench serve wheel clean
+.PHONY: help venv demo pretaught test check format protos protos-check bench serve wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -37,8 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 		| awk '/^ *Downloading .* [MG]B\)/ || /^(Building|Installing)/ { print "  " substr($$0, 1, 110); fflush() }'
 	@touch $@
 
-demo: $(STAMP) ## pretrain a small LM uniformly, with learned weights, and on learned selections; at most 6 minutes on 2 CPU cores
+demo: $(STAMP) ## pretrain a small LM four ways and compare them; at most 6 minutes on 2 CPU cores
 	$(BIN)/python -m trainer_client.run --compare uniform weight-scratch select-scratch --out runs/demo --overwrite $(ARGS)
+
+pretaught: $(STAMP) ## teach the weighter that comes with the package, and its reference; about 3 minutes
+	$(BIN)/python -m benchmarks.pretaught $(ARGS)
 
 test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest $(ARGS)

@@ -45,7 +45,7 @@ NAME, REFERENCE = "taught", "pool"
 CPU = torch.device("cpu")
 TAUGHT, VALIDATION = 16, 8  # samples behind a cotangent
 # Once it knows something, smaller steps lose less of it.
-USED_AS = replace(SELECT_SPEC, learning=replace(SELECT_SPEC.learning, learning_rate=1e-3))
+USED_AS = replace(SELECT_SPEC, learning=replace(SELECT_SPEC.learning, learning_rate=3e-4))
 
 
 class Teacher:
@@ -125,7 +125,7 @@ def main() -> int:
     for name, content in weighter.items():
         (given.out / "weighter").mkdir(parents=True, exist_ok=True)
         (given.out / "weighter" / name).write_bytes(content)
-    print(f"{given.out} holds the weighter and its reference; now: python -m benchmarks.select --pretaught")
+    print(f"{given.out} holds the weighter and its reference; now: python -m benchmarks.select --check")
     return 0
 
 

@@ -116,7 +116,7 @@ def train(url: str, steps: int) -> Counter[str]:
                     batches.teach(taught)  # (4)
                 optimizer.step()
                 kept.update(batch["source"])
-                if step % 10 == 0 and batches.current is not None:
+                if step % 10 == 0:
                     print(f"step {step}: loss {loss.item():.3f}, kept {dict(Counter(batch['source']))}")
             job.close()
             counters = job.counters

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ import numpy as np
 import safetensors.numpy
 
 from weighting_contract.errors import AlreadyExists, InvalidArgument
+from weighting_contract.spec import check_text
 
 FORMAT = 1
 MANIFEST = "reference.json"
@@ -167,11 +169,15 @@ def check_reference(files: Mapping[str, bytes], where: str) -> ReferenceInfo:
 
 def read_counts(files: Mapping[str, bytes]) -> Counts:
     """The counts in verified files. Raises InvalidArgument where they are not there."""
-    tensors = safetensors.numpy.load(files["counts.safetensors"])
     try:
-        return Counts(tensors["unigrams"], tensors["ngrams"].astype(np.int64))
-    except KeyError as exc:
-        raise InvalidArgument(f"counts.safetensors lacks {exc}, expected unigrams and ngrams") from exc
+        tensors = safetensors.numpy.load(files["counts.safetensors"])
+    except (KeyError, TypeError, safetensors.SafetensorError) as exc:  # such as a dtype that numpy doesn't have
+        raise InvalidArgument(f"counts.safetensors can't be read: {exc}, expected integers") from exc
+    if missing := {"unigrams", "ngrams"} - tensors.keys():
+        raise InvalidArgument(f"counts.safetensors lacks {min(missing)!r}, expected unigrams and ngrams")
+    if any(tensors[name].dtype.kind not in "iu" for name in ("unigrams", "ngrams")):
+        raise InvalidArgument("counts.safetensors holds counts that are no integers")
+    return Counts(tensors["unigrams"], tensors["ngrams"].astype(np.int64))
 
 
 def write_reference(folder: str | os.PathLike[str], files: Mapping[str, bytes], *, replace: bool = False) -> Path:
@@ -235,8 +241,13 @@ def _info(manifest: bytes, where: str) -> ReferenceInfo:
         if not isinstance(value, kinds[str(field.type)]) or isinstance(value, bool):  # type: ignore[arg-type]
             raise InvalidArgument(f"{where}: {MANIFEST} has {field.name} {value!r}, expected {field.type}")
     info = ReferenceInfo(**{field.name: values[field.name] for field in fields(ReferenceInfo)})
-    if info.seq_len < 1 or info.vocab_size < 1:
-        raise InvalidArgument(f"{where}: {MANIFEST} has a seq_len or vocab_size below 1")
+    for name, least in (("seq_len", 1), ("vocab_size", 1), ("steps", 0)):
+        if not least <= values[name] < 2**31:
+            raise InvalidArgument(f"{where}: {MANIFEST} has {name} {values[name]}, expected {least} to {2**31 - 1}")
+    if not math.isfinite(info.loss):
+        raise InvalidArgument(f"{where}: {MANIFEST} has loss {info.loss}, expected a finite number; train it again")
+    for name in ("trained_on", "command"):
+        check_text(values[name], f"{where}: {MANIFEST}: {name}")
     return info
 
 
@@ -254,8 +265,8 @@ def _check_counts(counts: Counts, info: ReferenceInfo, where: str) -> None:
             f"{where}: counts.safetensors has unigrams of shape {list(counts.unigrams.shape)} and ngrams of "
             f"{list(counts.ngrams.shape)}, expected [{info.vocab_size}] for the vocabulary and [buckets]"
         )
-    if counts.unigrams.dtype.kind not in "iu" or (counts.unigrams < 0).any():
-        raise InvalidArgument(f"{where}: counts.safetensors has unigrams that are no counts, expected integers from 0")
+    if (counts.unigrams < 0).any() or (counts.ngrams < 0).any():
+        raise InvalidArgument(f"{where}: counts.safetensors has counts below 0")
 
 
 def _held_checksum(folder: Path) -> str | None:

@@ -185,26 +185,28 @@ class Engine:
                 self._pass(calls)
 
     def _take(self) -> list[_Call]:
-        """Calls for one pass: of one key, from the jobs in turn, within the budget; no cancelled ones."""
+        """Calls for one pass: of one key, from the jobs in turn, within the budget; no cancelled ones.
+
+        Who gives a call goes to the end of the line; who can't, for now, keeps the place and is first in a later pass.
+        """
         taken: list[_Call] = []
         samples = tokens = 0
-        skipped: set[str] = set()
-        while len(skipped) < len(self._queues):
-            queue = next(iter(self._queues))
+        turns = deque(self._queues)
+        while turns:
+            queue = turns.popleft()
             call = self._queues[queue][0]
-            if call.future.cancelled():
-                self._drop_first(queue)
-                continue
-            self._queues.move_to_end(queue)
             fits = (
                 samples + call.batch.samples <= self._limits.samples_per_pass
                 and tokens + call.batch.token_count <= self._token_budget(call)
             )
-            if queue in skipped or (taken and (call.pass_key is not taken[0].pass_key or not fits)):
-                skipped.add(queue)
+            if taken and (call.pass_key is not taken[0].pass_key or not fits) and not call.future.cancelled():
                 continue
             self._drop_first(queue)
+            if queue in self._queues:
+                turns.append(queue)
             if call.future.set_running_or_notify_cancel():
+                if queue in self._queues:
+                    self._queues.move_to_end(queue)
                 taken.append(call)
                 samples += call.batch.samples
                 tokens += call.batch.token_count

@@ -289,6 +289,11 @@ class Weighters:
 
     def _restore(self, record: WeighterRecord) -> tuple[Weighter, int]:
         snapshot = self._snapshots.load_latest(record.uid)
+        if snapshot is None and record.initial:
+            raise FailedPrecondition(
+                f"no snapshot of weighter {record.name!r} can be read, and its log alone is not enough: it started from "
+                f"the {record.initial} weighter of the version that made it; restore its snapshots from a back-up"
+            )
         if snapshot is None:
             log.warning("weighter %r has no readable snapshot; replaying its log from the start", record.name)
             return self._initial(record), -1

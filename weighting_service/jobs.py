@@ -64,9 +64,10 @@ class Jobs:
             self._weighters.entry(request.weighter)  # it may have been deleted meanwhile
             known = await self._find(job_id)
             job = self._record(request, job_id, entry, reference, profile, known)
-            if job != known:
+            if job != known or profile:  # a known profile is stored again: the one that is there may be damaged
                 table = profile.log_ratios if profile else None
                 await self._core.run_io(lambda: self._core.log.put_job(job, table))
+                self._tables.pop(job_id, None)
             self._jobs[job_id] = job
             self._weighters.job_changed(entry, job)
         return await self._view(job, resumed=known is not None)
@@ -79,15 +80,14 @@ class Jobs:
             await self._core.run_io(lambda: self._core.log.put_job(job))
             self._jobs[job_id] = job
         self._weighters.job_changed(entry, job)
-        self._tables.pop(job_id, None)
-        self._fallback_steps.pop(job_id, None)
+        self._drop(job_id)
         return await self._view(job, resumed=True)
 
     async def heartbeat(self, job_id: str, fallback_steps: int) -> tuple[int, int]:
         """Says that a job is alive; returns the weighter's last and applied position."""
         _, entry = await self.get(job_id)
         self._fallback_steps[job_id] = fallback_steps
-        self._core.metrics.fallback_steps.set(sum(self._fallback_steps.values()))
+        self._count_fallback_steps()
         return entry.head, entry.applied
 
     async def delete_reference(self, name: str) -> None:
@@ -138,10 +138,18 @@ class Jobs:
         """Drops the jobs of a deleted weighter."""
         for job_id in [j for j, job in self._jobs.items() if job.weighter_uid == weighter_uid]:
             del self._jobs[job_id]
-            self._tables.pop(job_id, None)
-            self._fallback_steps.pop(job_id, None)
+            self._drop(job_id)
 
     # ---- Inside -----------------------------------------------------------------------------------------------------
+
+    def _drop(self, job_id: str) -> None:
+        """What is kept for open jobs only."""
+        self._tables.pop(job_id, None)
+        self._fallback_steps.pop(job_id, None)
+        self._count_fallback_steps()
+
+    def _count_fallback_steps(self) -> None:
+        self._core.metrics.fallback_steps.set(sum(self._fallback_steps.values()))
 
     async def _reference(self, request: JobRequest, spec: WeighterSpec) -> Reference | None:
         """The reference that a job asks for, loaded and fit for the weighter and the job's tokenizer."""

@@ -102,6 +102,6 @@ class Metrics:
 
 
 def _drop(metric: Counter | Gauge, *labels: str) -> None:
-    """Removes the series whose first labels are these."""
-    for values in [v for v in metric._metrics if v[: len(labels)] == labels]:
+    """Removes the series whose first labels are these; a copy is searched, as other threads add series meanwhile."""
+    for values in [v for v in list(metric._metrics) if v[: len(labels)] == labels]:
         metric.remove(*values)

@@ -172,7 +172,7 @@ def _add_operations(app: FastAPI, service: WeightingService) -> None:
 
     @app.get("/readyz", tags=["operations"])
     async def readyz() -> dict[str, str]:
-        """200 when every weighter is loaded and warm, and the service is not draining."""
+        """200 when every weighter, and every reference of an open job, is loaded and the service is not draining."""
         if reason := service.not_ready_because():
             raise Unavailable(reason)
         return {"status": "ready"}

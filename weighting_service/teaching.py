@@ -88,6 +88,7 @@ class Teaching:
             metrics.duplicates.labels(name).inc()
         else:
             metrics.updates.labels(name).inc()
+        if appended.position > entry.applied:  # of a duplicate too: the call that appended it may have been cancelled
             self._weighters.log_has_grown(entry)
         return Taught(appended.position, appended.duplicate, entry.applied)
 

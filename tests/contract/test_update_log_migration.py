@@ -24,7 +24,7 @@ from test_update_log import (
 )
 
 from weighting_contract.errors import FailedPrecondition, Unavailable
-from weighting_contract.spec import FeatureSpec, HeadSpec, WeighterSpec
+from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
 from weighting_service.domain import Estimator, Inputs, JobRecord, MetaUpdate, Role, WeighterRecord
 from weighting_service.update_log import SqliteUpdateLog
 from weighting_service.update_log.encoding import decode, encode
@@ -65,6 +65,8 @@ V1_UPDATE = MetaUpdate(
     estimator=Estimator.SCORE_FUNCTION,
 )
 V1_SPEC = WeighterSpec(features=FeatureSpec(names=("loss", "größe")), head=HeadSpec(temperature=0.5))
+# There was no trust, running mean or penalty then, whatever is usual by now.
+AS_IT_LEARNED = dataclasses.replace(V1_SPEC, learning=LearningSpec(trust=False, averaging=0.0, logit_penalty=0.0))
 
 
 def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
@@ -77,7 +79,9 @@ def path(tmp_path: Path) -> Path:
     """Two weighters; the first, trimmed up to 1, was taught twice by job-1."""
     path = tmp_path / "log.sqlite"
     spec = V1_SPEC.to_dict()
-    del spec["features"]["tokenizer_checksum"], spec["learning"]["trust"]  # not known then
+    del spec["features"]["tokenizer_checksum"]  # not known then
+    for name in ("trust", "averaging", "logit_penalty"):
+        del spec["learning"][name]
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         for statement in V1_SCHEMA:
@@ -99,8 +103,8 @@ def test_everything_is_there_and_new_things_are_kept(path: Path) -> None:
     for _ in range(2):
         with SqliteUpdateLog(path) as log:
             assert log.weighters() == [
-                WeighterRecord("prose", UID, V1_SPEC, 1_700_000_000_123),
-                WeighterRecord("code", OTHER_UID, V1_SPEC, 5),
+                WeighterRecord("prose", UID, AS_IT_LEARNED, 1_700_000_000_123),
+                WeighterRecord("code", OTHER_UID, AS_IT_LEARNED, 5),
             ]
             assert log.job("job-1") == JOB
             assert log.jobs(OTHER_UID) == [JobRecord("job-2", OTHER_UID, Role.FROZEN, open=False)]

@@ -39,12 +39,16 @@ def test_python_parses() -> None:
         ast.parse(block)
 
 
+def run_curl(block: str, service: Address) -> str:
+    script = block.replace("localhost:8080", f"127.0.0.1:{service.rest_port}")
+    return subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=120, check=True).stdout
+
+
 def test_curl_commands(service: Address) -> None:
-    commands = [block for block in blocks("bash") if "curl" in block]
-    assert len(commands) == 1
-    script = commands[0].replace("localhost:8080", f"127.0.0.1:{service.rest_port}")
-    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60)
-    created, scored = done.stdout.replace("}{", "}\n{").splitlines()
+    fresh, own = [block for block in blocks("bash") if "curl" in block]
+    weights = json.loads(run_curl(fresh, service))["weights"]
+    assert min(weights[:2]) > max(weights[2:]), "the two texts that are like the target"
+    created, scored = run_curl(own, service).replace("}{", "}\n{").splitlines()
     assert json.loads(created)["name"] == "texts"
     assert json.loads(scored)["weights"] == [1.0, 1.0]
 

@@ -343,7 +343,9 @@ def test_probes_come_in_the_steps_that_are_taught(server: ScriptedServer) -> Non
     [(22, [4, 4, 4], 0), (20, [4, 4, 4], 1), (18, [4, 4, 2], 1), (3, [3], 1), (0, [], 0)],
     ids=["fewer candidates", "as many as places", "fewer than places", "a short epoch", "nothing"],
 )
-def test_the_end_of_an_epoch(server: ScriptedServer, count: int, sizes: list[int], few: int) -> None:
+def test_the_end_of_an_epoch(
+    server: ScriptedServer, count: int, sizes: list[int], few: int, caplog: pytest.LogCaptureFixture
+) -> None:
     client, job = open_job(server)
     with client, job:
         batches = select(loader_of(count), job, candidates=2, probes=1)
@@ -351,6 +353,7 @@ def test_the_end_of_an_epoch(server: ScriptedServer, count: int, sizes: list[int
     assert [len(batch) for batch in given] == sizes
     assert job.counters.unselected_for == ({"FEW_CANDIDATES": few} if few else {})
     assert (job.counters.selected, job.counters.failed_steps) == (len(sizes) - few, 0)
+    assert caplog.text.count("candidates are no more than the") == few
     if few:
         assert given[-1].tolist() == rows_of(count)[-sizes[-1] :].tolist()
 
@@ -393,23 +396,39 @@ def test_the_state_is_that_of_the_last_batch_given(server: ScriptedServer, ahead
     client, job = open_job(server)
     with client, job:
         whole = select(Positioned(48), job, candidates=2, ahead=ahead)
-        assert whole.state_dict() == {"step": 0, "loader": {"next": 0}}
+        assert whole.state_dict() == {"step": 0, "batch_size": None, "loader": {"next": 0}}
         given, states = [], []
         for batch in whole:
             given.append(batch.tolist())
             states.append(json.loads(json.dumps(whole.state_dict())))
-        assert states == [{"step": s, "loader": {"next": 2 * s}} for s in range(1, 7)]
+        assert states == [{"step": s, "batch_size": 4, "loader": {"next": 2 * s}} for s in range(1, 7)]
         resumed = select(Positioned(48), job, candidates=2, ahead=ahead)
         resumed.load_state_dict(states[2])
         assert resumed.state_dict() == states[2]
         assert [batch.tolist() for batch in resumed] == given[3:]
 
 
+def test_a_run_that_goes_on_with_a_short_batch_keeps_its_batch_size(server: ScriptedServer) -> None:
+    client, job = open_job(server)
+    with client, job:
+        whole = select(Positioned(34), job, candidates=2, probes=1)
+        sizes, states = [], []
+        for batch in whole:
+            sizes.append(len(batch))
+            states.append(whole.state_dict())
+        assert sizes == [4, 4, 4, 4, 2]
+        resumed = select(Positioned(34), job, candidates=2, probes=1)
+        resumed.load_state_dict(states[3])
+        assert [len(batch) for batch in resumed] == [2]
+        resumed.load_state_dict(states[0])  # the next epoch
+        assert [len(batch) for batch in resumed] == [4, 4, 4, 2]
+
+
 def test_states_that_can_not_be_taken_are_refused(server: ScriptedServer) -> None:
     client, job = open_job(server)
     with client, job:
         plain = select(loader_of(48), job, start_step=5)
-        assert plain.state_dict() == {"step": 5, "loader": None}
+        assert plain.state_dict() == {"step": 5, "batch_size": None, "loader": None}
         with pytest.raises(InvalidArgument, match="a list takes none"):
             plain.load_state_dict({"step": 1, "loader": {"next": 2}})
         for state in (None, {}, {"step": "1", "loader": None}):

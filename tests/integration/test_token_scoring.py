@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,20 @@ def test_a_log_is_replayed_without_the_reference_and_goes_on_with_it(tmp_path: P
         assert (again.weights, again.statistics) == (at_the_end.weights, at_the_end.statistics)
 
 
+def test_a_damaged_profile_is_stored_again_where_the_job_is_opened_with_it(tmp_path: Path) -> None:
+    with Served(tmp_path / "state") as stub:
+        opened(stub)
+        with contextlib.closing(sqlite3.connect(tmp_path / "state" / "log.sqlite")) as db, db:
+            db.execute("UPDATE profiles SET log_ratios = zeroblob(length(log_ratios))")
+        failing(lambda: scored(stub, BATCH), "INTERNAL", "'job'", "is damaged", "open the job again with its profile")
+        opened(stub, profile=None)
+        failing(lambda: scored(stub, BATCH), "INTERNAL", "is damaged")
+        opened(stub)
+        mended = scored(stub, BATCH)
+        opened(stub, "never-damaged")
+        assert statistics(mended).tolist() == statistics(scored(stub, BATCH, "never-damaged")).tolist()
+
+
 class Served:
     """A service over a state directory, as a stub."""
 
@@ -327,6 +343,19 @@ def test_metrics_of_a_reference(stub: Any, rest: httpx.Client) -> None:
     assert values["padded_tokens"] >= values["tokens"]
     assert 0 < values["seconds"] <= families["weighbridge_device_seconds"].samples[0].value
     assert families["weighbridge_references"].samples[0].value == 2
+
+
+def test_fallback_steps_are_those_that_open_jobs_report(stub: Any, rest: httpx.Client) -> None:
+    def shown() -> float:
+        families = {f.name: f for f in text_string_to_metric_families(rest.get("/metrics").text)}
+        return families["weighbridge_client_fallback_steps"].samples[0].value
+
+    for job_id, steps in (("a", 3), ("b", 4)):
+        opened(stub, job_id)
+        stub.Heartbeat(pb.HeartbeatRequest(job_id=job_id, fallback_steps=steps))
+    assert shown() == 7
+    stub.CloseJob(pb.CloseJobRequest(job_id="a"))
+    assert shown() == 4
 
 
 # ---- Mistakes -------------------------------------------------------------------------------------------------------

@@ -132,6 +132,14 @@ def test_calls_with_and_without_a_reference_do_not_mix(reference: Reference, wei
     assert [s.statistics is None for s in scores] == [True, False, True, True]
 
 
+def test_a_job_of_another_weighter_is_next_however_much_the_others_ask(weighters: list[Weighter]) -> None:
+    features = Inputs(features=np.zeros((3, len(COLUMNS)), np.float32))
+    calls = [("noisy", weighters[0], features), ("quiet", weighters[1], features), ("too", weighters[0], features)]
+    calls += [(queue, weighters[0], features) for _ in range(7) for queue in ("noisy", "too")]
+    _, reports = run(calls, EngineLimits(samples_per_pass=18))
+    assert [r.calls for r in reports] == [6, 1, 6, 4]
+
+
 def test_a_call_whose_statistics_are_not_finite_fails_alone(reference: Reference, weighters: list[Weighter]) -> None:
     good, other = (batch(reference, weighters[0], seed) for seed in (0, 1))
     assert other.table is not None

@@ -180,10 +180,22 @@ def test_a_manifest_that_is_none(tmp_path: Path, files: Files, manifest: bytes, 
         load_reference(put(tmp_path / "r", {**files, "reference.json": manifest}))
 
 
-@pytest.mark.parametrize(("field", "value"), [("seq_len", 0), ("seq_len", "64"), ("steps", True), ("loss", None)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seq_len", 0),
+        ("seq_len", "64"),
+        ("seq_len", 10**30),
+        ("steps", True),
+        ("steps", -1),
+        ("loss", None),
+        ("loss", float("nan")),
+        ("trained_on", "\ud800"),
+    ],
+)
 def test_a_manifest_with_a_wrong_value(tmp_path: Path, files: Files, field: str, value: Any) -> None:
     changed = {**json.loads(files["reference.json"]), field: value}
-    with pytest.raises(InvalidArgument, match=rf"reference\.json has .*{field}"):
+    with pytest.raises(InvalidArgument, match=rf"reference\.json(: | has ).*{field}"):
         load_reference(put(tmp_path / "r", {**files, "reference.json": json.dumps(changed).encode()}))
 
 
@@ -211,6 +223,22 @@ def _not_finite(files: Files) -> Files:
     tensors = safetensors.torch.load(files["model.safetensors"])
     tensors["model.norm.weight"][3] = torch.nan
     return {**files, "model.safetensors": safetensors.torch.save(tensors)}
+
+
+@pytest.mark.parametrize(
+    ("counted", "words"),
+    [
+        ({"unigrams": torch.zeros(VOCABULARY, dtype=torch.bfloat16)}, r"counts\.safetensors can't be read"),
+        ({"ngrams": torch.full((1024,), torch.nan)}, "counts that are no integers"),
+        ({"ngrams": torch.full((1024,), -1)}, "counts below 0"),
+        ({"other": torch.zeros(1)}, "lacks 'ngrams'"),
+    ],
+)
+def test_counts_that_are_none(files: Files, counted: dict[str, torch.Tensor], words: str) -> None:
+    tensors = {} if "other" in counted else safetensors.torch.load(files["counts.safetensors"])
+    changed = {**files, "counts.safetensors": safetensors.torch.save({**tensors, **counted})}
+    with pytest.raises(InvalidArgument, match=words):
+        check_reference(signed(changed), "here")
 
 
 def _config(**changes: Any) -> Callable[[Files], Files]:

@@ -142,6 +142,25 @@ def test_only_the_next_position_is_applied(position: int) -> None:
     assert_same_state(weighter, taught(FEATURES, 3))
 
 
+def test_a_state_of_before_running_means_and_trust_goes_on_from_its_parameters() -> None:
+    newest = replace(FEATURES, learning=replace(FEATURES.learning, averaging=0.0))  # scores by its parameters
+    weighter = taught(newest, 6)
+    tensors = {name: t for name, t in weighter.state_tensors().items() if not name.startswith("average.")}
+    metadata = weighter.state_metadata()
+    jobs = {
+        job_id: {name: value for name, value in job.items() if name != "trust"}
+        for job_id, job in metadata["jobs"].items()
+    }
+    restored = Weighter(FEATURES, device=CPU)
+    restored.load_state(tensors, {**metadata, "format": 1, "jobs": jobs})
+    batch = [inputs_of(FEATURES, 99)]
+    np.testing.assert_array_equal(restored.score(batch)[0].weights, weighter.score(batch)[0].weights)
+    assert {j.probed_updates for j in restored.statistics.jobs.values()} == {0}
+    assert {j.updates_applied for j in restored.statistics.jobs.values()} == {3}
+    advance(restored, 7)
+    assert restored.position == 7
+
+
 def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
     weighter, other = taught(FEATURES, 3), taught(replace(FEATURES, head=HeadSpec(width=12)), 3)
     tensors, metadata = weighter.state_tensors(), weighter.state_metadata()

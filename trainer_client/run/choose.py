@@ -16,13 +16,13 @@ from trainer_client.cadence import Cadence
 from trainer_client.job import Job
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import BatchOrder
+from trainer_client.run.deliver import deliver
 from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task, to_tensor
 from trainer_client.run.teach import MetaBatch
 from trainer_client.select import Selection, Selector
 from weighting_contract.ngrams import ngram_log_ratio
 
-_FLUSH_S = 10.0
 _SAMPLES_AT_ONCE = 4096
 
 
@@ -142,6 +142,8 @@ class Selected:
         """Teaches with the first samples of the step's batch; whether there was something to teach."""
         for step in range(batch.step + 1, self._next):
             self._on_record(step)
+        if self._on_record(batch.step).fallback:
+            return False
         if batch.step > self._job.last_step:  # else it is in the weighter's log since before a resume
             selection = self._selections.get(batch.step) or self._selected_again(batch.step)
             if not self._selector.teach(batch.step, batch.cotangent, selection):
@@ -158,8 +160,7 @@ class Selected:
                 self._on_record(ahead)
         else:
             self._selector.close()
-        if not self._job.away:
-            self._job.flush(_FLUSH_S)
+        deliver(self._job)
 
     def state_dict(self) -> dict[str, Any]:
         return {"job": self._job.state_dict(), "taught": self._taught, "wait_seconds": self.wait_seconds}
@@ -207,7 +208,7 @@ class Selected:
             step=step,
             kept=record.kept,
             probes=np.arange(len(record.kept)) < record.probes,
-            statistics=None if record.fallback or scores.statistics is None else scores.statistics[record.kept],
+            statistics=None if scores.statistics is None else scores.statistics[record.kept],
             position=record.position,
             fallback=record.fallback,
             trust=record.trust,

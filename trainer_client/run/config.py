@@ -137,6 +137,11 @@ class RunConfig:
                 raise InvalidArgument(
                     f"--schedule staged goes with --mode weight only, but the run {variant.label!r} selects"
                 )
+        if self.main.learned and self.main.mode == "both" and self.role == "frozen":
+            raise InvalidArgument(
+                "--role frozen goes with --mode select or weight, not with both: the second weighter of both starts "
+                "fresh, and would stay uniform"
+            )
         self._check_selection(any(v.selects for v in learned))
 
     def _check_selection(self, selects: bool) -> None:

@@ -15,6 +15,7 @@ from trainer_client.client import Client, connect
 from trainer_client.features import FEATURE_NAMES
 from trainer_client.job import Job
 from trainer_client.run.config import RunConfig
+from trainer_client.run.deliver import deliver
 from trainer_client.run.reference import RunReference
 from trainer_client.run.variants import Variant
 from trainer_client.run.workspace import Workspace
@@ -135,8 +136,7 @@ class WeighterSession:
         about["applied_updates"] = None
         deadline = time.monotonic() + _FINISH_S
         try:
-            if not job.away:
-                job.flush(_FINISH_S)
+            deliver(job)
             view = self._client.get_weighter(weighter)
             while view.applied_position < job.last_position and time.monotonic() < deadline:
                 time.sleep(_POLL_S)

@@ -9,18 +9,22 @@ from rich.table import Table
 from trainer_client.run.report import RunSummary, loss_at_compute, reached_uniform
 
 _NONE = "-"
-
+_CAPTION = (
+    "by uniform's compute and loss: on the fixed samples of the curves\n"
+    "share: in what was trained on, weight x count\n"
+    "* over the last quarter of the steps; times in % of the steps'"
+)
 
 Cell = Callable[[RunSummary], str]
 
 
 def table(runs: dict[str, RunSummary], main: str) -> Table:
-    """A rich table of the runs, the main one last; with four runs it fits into 100 columns."""
+    """A rich table of the runs, the main one last; with four runs it fits into 80 columns."""
     shown = [runs[label] for label in sorted(runs, key=lambda label: label == main)]
-    result = Table(title=f"{' against '.join(r.label for r in shown)}, seed {shown[0].seed}", title_justify="left")
+    result = Table(title=_title(shown), title_justify="left", caption=_CAPTION, caption_justify="left")
     result.add_column("")
     for run in shown:
-        result.add_column(run.label, justify="right")
+        result.add_column(run.label.replace("-", "-\n"), justify="right")
 
     def row(name: str, value: Cell) -> None:
         values = [value(run) for run in shown]
@@ -31,55 +35,43 @@ def table(runs: dict[str, RunSummary], main: str) -> Table:
     row("validation loss", lambda r: f"{r.val_loss:.3f}")
     uniform = runs.get("uniform")
     if uniform and len(runs) > 1:
-        row("test loss at uniform's compute", lambda r: f"{loss_at_compute(r, uniform):.3f}")
-        row("steps to uniform's final loss", lambda r: _number(reached_uniform(r, uniform).steps))
+        row("loss at uniform's compute", lambda r: f"{loss_at_compute(r, uniform):.3f}")
+        row("steps to uniform's loss", lambda r: _number(reached_uniform(r, uniform).steps))
         row("seconds to it", lambda r: _number(reached_uniform(r, uniform).seconds))
     row("compute, uniform = 1", lambda r: f"{r.compute['relative']:.2f}")
     row("wall time, s", lambda r: f"{r.wall_seconds:.0f}")
     result.add_section()
     for name in _names(r.shares_by_source for r in shown):
         row(f"share of {name}*", _share(name))
-    if any(_weighs(r) for r in shown):
-        for name in _names(r.weights_by_source for r in shown):
-            row(f"mean weight of {name}*", _mean_weight(name))
-    row("effective sample size*", lambda r: f"{r.effective_sample_size:.1f}")
+    row("effective samples*", lambda r: f"{r.effective_sample_size:.1f}")
     if any(r.weighter for r in shown):
         result.add_section()
         _add_service_rows(row)
-    result.caption = (
-        "share: in what was trained on, weight x count\n* over the last quarter of the steps; times in % of the steps'"
-    )
-    result.caption_justify = "left"
     return result
+
+
+def _title(shown: list[RunSummary]) -> str:
+    *others, main = (run.label for run in shown)
+    return f"{main}{' against ' if others else ''}{', '.join(others)}; seed {shown[0].seed}"
 
 
 def _add_service_rows(row: Callable[[str, Cell], None]) -> None:
     row("trust at the end", lambda r: _NONE if r.trust is None else f"{r.trust:.2f}")
     row("scoring, s", lambda r: _time_share(r.score_seconds, r))
-    row("  waiting for candidates, s", lambda r: f"{r.wait_seconds:.1f}" if r.mode in ("select", "both") else _NONE)
+    row("waiting for scores, s", lambda r: f"{r.wait_seconds:.1f}" if r.mode in ("select", "both") else _NONE)
     row("teaching, s", lambda r: _time_share(r.meta_seconds, r))
-    row("meta-updates (degenerate)", lambda r: _of(r, f"{r.meta_updates} ({r.meta_updates_skipped})"))
-    row("  acknowledged of sent", _acknowledged)
-    row("steps without the weighter", lambda r: _of(r, str(r.fallback_steps)))
+    row("meta-updates", lambda r: _of(r, str(r.meta_updates)))
+    row("  degenerate", lambda r: _of(r, str(r.meta_updates_skipped or _NONE)))
+    row("  acknowledged", _acknowledged)
+    row("steps without an answer", lambda r: _of(r, str(r.fallback_steps)))
 
 
 def _names(sources: Iterable[dict[str, float]]) -> list[str]:
     return list({name: None for each in sources for name in each})
 
 
-def _weighs(run: RunSummary) -> bool:
-    return run.mode in ("weight", "both")
-
-
 def _share(name: str) -> Cell:
     return lambda run: f"{100 * run.shares_by_source.get(name, 0):.0f} %"
-
-
-def _mean_weight(name: str) -> Cell:
-    def cell(run: RunSummary) -> str:
-        return f"{run.weights_by_source[name]:.2f}" if _weighs(run) and name in run.weights_by_source else _NONE
-
-    return cell
 
 
 def _of(run: RunSummary, text: str) -> str:

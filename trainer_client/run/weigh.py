@@ -13,13 +13,13 @@ import torch
 
 from trainer_client.features import FEATURE_NAMES, batch_features
 from trainer_client.job import Job
+from trainer_client.run.deliver import deliver
 from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task
 from trainer_client.run.teach import MetaBatch
 from weighting_contract.columns import COLUMNS
 
 PRETAUGHT_MIN_SHARE = 0.6  # of the effective samples inside a batch; the pretaught spec's is for candidates
-_FLUSH_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ class Learned:
 
     def flush(self, step: int) -> None:
         """Delivers the meta-updates so far, as far as the service is there to take them."""
-        if not self._job.away:
-            self._job.flush(_FLUSH_S)
+        deliver(self._job)
 
     def recorded(self, steps: int) -> np.ndarray:
         records = [self._recorder.get(step) for step in range(steps)]

@@ -104,6 +104,7 @@ class SelectedBatches:
         self._selector: Selector | None = None  # made once the first batch has shown its size
         self._submitted = False
         self._step = start_step  # of the next batch
+        self._batch_size: int | None = None  # B: of the very first batch, as the first after a resume may be short
         self._given = False  # whether the state below is that of the last batch given, or was loaded
         self._loader_state: Any = None
 
@@ -139,10 +140,12 @@ class SelectedBatches:
     def state_dict(self) -> dict[str, Any]:
         """Where the batches are as of the last one that was given: what was read ahead of it will be read again.
 
-        "step" is that of the next batch, "loader" the loader's own `state_dict()`, or None where it has none: then
-        whoever goes on brings the loader to its place himself. The job has a state of its own.
+        "step" is that of the next batch, "batch_size" B, or None before the first batch, "loader" the loader's own
+        `state_dict()`, or None where it has none: then whoever goes on brings the loader to its place himself. The job
+        has a state of its own.
         """
-        return {"step": self._step, "loader": self._loader_state if self._given else self._snapshot()}
+        loader = self._loader_state if self._given else self._snapshot()
+        return {"step": self._step, "batch_size": self._batch_size, "loader": loader}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on behind the batch that was given last when the state was taken; call it before iterating.
@@ -161,6 +164,7 @@ class SelectedBatches:
                 )
             load(copy.deepcopy(state["loader"]))
         self._step, self._given, self._loader_state = state["step"], True, state["loader"]
+        self._batch_size = state.get("batch_size")
 
     def close(self) -> None:
         """Hands over what is still to be taught, and ends the scoring; idempotent."""
@@ -187,9 +191,10 @@ class SelectedBatches:
         batch = join(batches)
         rows = count_rows(batch)
         if self._selector is None:
+            self._batch_size = self._batch_size or count_rows(batches[0])
             self._selector = Selector(
                 self._job,
-                keep=count_rows(batches[0]),
+                keep=self._batch_size,
                 probes=self._probes,
                 min_effective_share=self._min_effective_share,
                 seed=self._seed,

@@ -42,9 +42,9 @@ class Selector:
         selection = selector.result(step)           # waits only where the service is slower than the training
         selector.teach(step, cotangent, selection)  # returns at once
 
-    One thread executes submits and teaches strictly in the order they came, and each candidates are answered before the
-    next begins. So with a job that reads its own writes, the weights of a step come from exactly the updates that
-    were taught before its submit, and a run is reproducible although it scores ahead.
+    One thread executes submits and teaches strictly in the order they came, and each step's candidates are answered
+    before the next operation begins. So with a job that reads its own writes, the weights of a step come from exactly
+    the updates that were taught before its submit, and a run is reproducible although it scores ahead.
 
     With `on_failure="uniform"` nothing here raises into training: a step that can't be scored in time takes its first
     candidates, and is counted. With "raise", errors surface in `result` and `teach`. Closing the job closes it, too.
@@ -124,6 +124,11 @@ class Selector:
             return answer
         if answer is None and asked.batch is None:
             self._job.tally.unselected(FEW_CANDIDATES)
+            self._job.tally.warn_once(
+                FEW_CANDIDATES,
+                f"step {step} is unselected: its {asked.rows} candidates are no more than the {self.keep} samples of a "
+                "batch, as at the end of an epoch",
+            )
         else:
             late = FailedPrecondition if self._closing else DeadlineExceeded
             self._failed(

@@ -40,6 +40,9 @@ STEPS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (job, update_id)) WITHOUT ROWID""",
     ),
     (
+        # What weighters of that version did without: a replay must not learn otherwise than they did.
+        """UPDATE weighters SET spec = json_set(
+            spec, '$.learning.trust', json('false'), '$.learning.averaging', 0, '$.learning.logit_penalty', 0)""",
         "ALTER TABLE weighters ADD COLUMN initial TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE jobs ADD COLUMN reference TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE jobs ADD COLUMN reference_checksum TEXT NOT NULL DEFAULT ''",

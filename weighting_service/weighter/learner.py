@@ -166,7 +166,7 @@ class Weighter:
 
         An update that can't be learned from (a constant cotangent, anything not finite on the way) moves the position
         and counts as skipped; parameters, optimiser and running statistics stay as they were. One for trust alone
-        moves its job's trust and the position, and counts neither as applied nor as skipped.
+        moves its job's trust and the position, and does not count as applied.
 
         Raises:
             ValueError: `position` is not the next one.
