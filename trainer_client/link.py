@@ -64,7 +64,8 @@ class JobLink:
         self.last_position = 0  # of the last own update in the weighter's log
         self._transport = transport
         self._opening = opening
-        self._before = {"CreateWeighter": creation, "PutReference": upload}
+        self._creation = creation
+        self._upload = upload
         self._attaching = threading.Lock()
         self._positions = threading.Lock()
 
@@ -112,16 +113,25 @@ class JobLink:
         if not self._attaching.acquire(timeout=timeout_s):
             raise DeadlineExceeded("the job was being attached already, and that did not end in time")
         try:
-            for method, request in self._before.items():
-                if request is not None:
-                    self._send(method, request, deadline.left_s(), trial)
-                    trial = False  # it closed the breaker
+            if self._creation is not None:
+                self._send("CreateWeighter", self._creation, deadline.left_s(), trial)
+                trial = False  # it closed the breaker
+            if self._upload is not None:
+                self._send_reference(self._upload, deadline, trial)
+                trial = False
             self._opened(self._send("OpenJob", self._opening, deadline.left_s(), trial))
         except WeighbridgeError as exc:
             self._detach(exc)
             raise
         finally:
             self._attaching.release()
+
+    def _send_reference(self, upload: pb.PutReferenceRequest, deadline: Deadline, trial: bool) -> None:
+        """It may be large, so only a service without one of its name gets it; OpenJob compares the checksums."""
+        try:
+            self._send("GetReference", pb.GetReferenceRequest(name=upload.name), deadline.left_s(), trial)
+        except NotFound:
+            self._send("PutReference", upload, deadline.left_s())
 
     def close(self, timeout_s: float) -> None:
         """Closes the job in the service, as far as that is there."""

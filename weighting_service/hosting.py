@@ -291,7 +291,7 @@ class Weighters:
         snapshot = self._snapshots.load_latest(record.uid)
         if snapshot is None and record.initial:
             raise FailedPrecondition(
-                f"no snapshot of weighter {record.name!r} can be read, and its log alone is not enough: it started from "
+                f"no snapshot of weighter {record.name!r} can be read, and its log alone is not enough: it began as "
                 f"the {record.initial} weighter of the version that made it; restore its snapshots from a back-up"
             )
         if snapshot is None:
