@@ -175,7 +175,8 @@ class Client:
             reference_checksum: of the reference that is expected; "": whichever has the name.
             reference_files: give the service the reference where it is missing, whenever the job is attached; None: it
                 must be there.
-            tokenizer_checksum: SHA-256, in hex, of the tokenizer.json that the job's ids are of; "": not known.
+            tokenizer_checksum: SHA-256, in hex, of the tokenizer.json that the job's samples are of; weighters whose
+                spec names one take no other. "": not known.
             profile: the target's, for weighters that read statistics against it (`trainer_client.profile` makes one),
                 or the token ids of the target's documents, one row each; the service keeps it with the job.
 

@@ -85,14 +85,17 @@ def probes_message(probes: Any, rows: int) -> pb.Tensor:
 
 
 def reference_message(name: str, checksum: str, tokenizer_checksum: str) -> pb.JobReference | None:
-    """None without a name. Raises InvalidArgument where something is known of a reference that is not named."""
+    """None where nothing is known; a tokenizer may be known without a reference.
+
+    Raises:
+        InvalidArgument: no checksums, or one of a reference that is not named.
+    """
     check_checksum(checksum, "reference_checksum")
     check_checksum(tokenizer_checksum, "tokenizer_checksum")
-    if name:
+    if checksum and not name:
+        raise InvalidArgument("reference_checksum is given without a reference; name the one that it belongs to")
+    if name or tokenizer_checksum:
         return pb.JobReference(name=name, checksum=checksum, tokenizer_checksum=tokenizer_checksum)
-    if checksum or tokenizer_checksum:
-        given = "reference_checksum" if checksum else "tokenizer_checksum"
-        raise InvalidArgument(f"{given} is given without a reference; name the reference that it belongs to")
     return None
 
 

@@ -263,10 +263,12 @@ def _check_without_reference(request: JobRequest, spec: WeighterSpec) -> None:
     if request.profile:
         raise InvalidArgument("profile is given, but no reference to use it with; name one, or leave it out")
     expected = spec.features.tokenizer_checksum if spec.features else ""
-    if expected and request.tokenizer_checksum not in ("", expected):
+    given = request.tokenizer_checksum
+    if expected and given != expected:
+        theirs = f"has {short(given)}" if given else "does not name its own"
         raise FailedPrecondition(
             f"weighter {request.weighter!r} takes samples of the tokenizer {short(expected)} "
-            f"(spec.features.tokenizer_checksum), but the job has {short(request.tokenizer_checksum)}"
+            f"(spec.features.tokenizer_checksum), but the job {theirs}"
         )
     check_feature_names(request.feature_names, spec)
 

@@ -423,6 +423,11 @@ OPENING_MISTAKES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         PRECONDITION,
         ["0123456789ab...", "the job has fedcba987654..."],
     ),
+    "no tokenizer for the spec's": (
+        {"weighter": "of-tokenizer", "reference": None, "profile": None},
+        PRECONDITION,
+        ["0123456789ab...", "the job does not name its own"],
+    ),
     "another reference": (
         {"job_id": "job", "reference": pb.JobReference(name="other")},
         PRECONDITION,

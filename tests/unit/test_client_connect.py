@@ -75,7 +75,7 @@ def test_limits_fit_each_other() -> None:
         ({"spec": {"featurez": {}}}, "featurez"),
         ({"spec": {}}, "neither features nor tokens"),
         ({"feature_names": "loss"}, "expected a list"),
-        ({"tokenizer_checksum": "a" * 64}, "tokenizer_checksum is given without a reference"),
+        ({"tokenizer_checksum": "a" * 63}, "tokenizer_checksum is 'a+', expected a SHA-256"),
         ({"reference_checksum": "b" * 64}, "reference_checksum is given without a reference"),
         ({"reference": "r", "reference_checksum": "short"}, "reference_checksum is 'short', expected a SHA-256"),
         ({"profile": [[1, 2]]}, "profile is given without a reference"),
