@@ -85,7 +85,10 @@ def _compute(loop: Loop, variant: Variant, reference: RunReference | None) -> Co
     if variant.selects and reference is not None:
         choices = [loop.chooser.choose(step) for step in range(config.steps)]
         scored = sum(len(choice.drawn) for choice in choices if not choice.fallback)
-        scoring, trained = scoring_flops(reference.parameters, scored * config.seq_len), reference.trained_flops
+        scoring, trained = (
+            scoring_flops(reference.parameters, scored * min(config.seq_len, reference.seq_len)),
+            reference.trained_flops,
+        )
     return Compute(
         training_flops=training_flops(parameters, config.steps * config.batch_size * config.seq_len),
         teaching_flops=teaching_flops(
