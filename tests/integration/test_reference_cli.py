@@ -190,7 +190,11 @@ def test_a_taken_folder_is_refused_before_training(
 def test_an_interrupted_command_leaves_nothing(flags: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainer_client.reference", *flags, "--steps", "1000000"]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "r")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--out", str(tmp_path / "r")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
     )
     assert process.stdout is not None
     assert "step 100 of 1000000" in process.stdout.readline()  # training
