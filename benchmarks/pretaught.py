@@ -32,7 +32,7 @@ from trainer_client.reference.train import make_reference
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import Progress
 from trainer_client.run.forward import sample_losses, token_losses
-from trainer_client.run.loop import build_optimizer, learning_rate
+from trainer_client.run.loop import build_optimizer, learning_rate, optimise
 from trainer_client.run.models import build_model
 from trainer_client.run.progress import preparing
 from trainer_client.run.session import SELECT_SPEC
@@ -92,10 +92,7 @@ class Teacher:
                 base_losses=known,
             )
             self._selector.teach(step, taught, selection)
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        optimise(self._model, self._optimizer, rate)
         return self._delivered(step) if due else 0
 
     def _delivered(self, step: int) -> int:
@@ -115,9 +112,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("weighting_service/pretaught"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console()
-    with tempfile.TemporaryDirectory() as work, preparing(console) as bar:
-        progress = bar if console.is_terminal else _lines(console)
+    with tempfile.TemporaryDirectory() as work, preparing(Console(), "teaching", every=50) as progress:
         tasks = load_tasks(Path(work), given.steps, progress)
         reference = train_reference(tasks[0], progress)
         weighter = teach(tasks, reference, progress)
@@ -175,16 +170,6 @@ def teach(tasks: list[tuple[RunConfig, Task]], reference: dict[str, bytes], prog
     config = json.loads(files["config.json"])
     files["config.json"] = (json.dumps({**config, "spec": USED_AS.to_dict()}, indent=2) + "\n").encode()
     return files
-
-
-def _lines(console: Console) -> Progress:
-    """Progress where there is no terminal to draw on."""
-
-    def line(done: int, total: int, what: str) -> None:
-        if what.startswith("teaching") and done % 50 == 0:
-            console.print(f"step {done} of {total}: {what}", highlight=False)
-
-    return line
 
 
 if __name__ == "__main__":

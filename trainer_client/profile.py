@@ -20,14 +20,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from weighting_contract.errors import InvalidArgument, WeighbridgeError
+from weighting_contract.errors import InvalidArgument
 from weighting_contract.ngrams import Row, check_buckets
 from weighting_contract.profile import Profile, make_profile
 from weighting_contract.reference import MANIFEST, read_counts, reference_files
 
 FORMAT = "weighbridge-profile-1"
 _KEYS = ("documents_checksum", "tokenizer_checksum", "reference_checksum")
-_MISTAKE, _INTERRUPTED = 2, 130
 
 
 def reference_profile(reference: str | os.PathLike[str], documents: Sequence[Row] | np.ndarray) -> Profile:
@@ -118,15 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the profile, a safetensors file")
     given = parser.parse_args(arguments)
-    try:
+
+    def command(_: object) -> int:
         print(_make(given.reference, given.documents, given.out))
-    except (WeighbridgeError, OSError) as exc:
-        print(f"trainer_client.profile: {exc}", file=sys.stderr)
-        return _MISTAKE
-    except KeyboardInterrupt:
-        print("trainer_client.profile: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
+        return 0
+
+    from trainer_client.run.shell import in_shell  # needs rich, which reading a profile doesn't
+
+    return in_shell("trainer_client.profile", command)
 
 
 def _make(reference: str, names: Sequence[str], out: str) -> str:

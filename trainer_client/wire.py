@@ -11,12 +11,12 @@ import numpy as np
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from weighting_contract.errors import Internal, InvalidArgument
+from weighting_contract.profile import Profile, joined
 from weighting_contract.spec import WeighterSpec, check_checksum
 from weighting_contract.tensors import as_array, from_message, to_message
 
-if TYPE_CHECKING:  # needs torch
+if TYPE_CHECKING:  # of a module that needs torch
     from weighting_contract.ngrams import Row
-    from weighting_contract.profile import Profile
 
 ROLES = {"learn": pb.ROLE_LEARN, "frozen": pb.ROLE_FROZEN}
 ESTIMATORS = {"vjp": pb.ESTIMATOR_VJP, "score_function": pb.ESTIMATOR_SCORE_FUNCTION}
@@ -126,10 +126,8 @@ def profile_message(profile: Profile | Sequence[Row]) -> pb.TargetProfile:
             )
     if not rows:
         raise InvalidArgument("profile has no documents, expected the target's, one row of token ids each")
-    return pb.TargetProfile(
-        documents=to_message(_smallest_integers(np.concatenate([row.astype(np.int64) for row in rows]))),
-        lengths=to_message(np.array([len(row) for row in rows], np.int64)),
-    )
+    ids, lengths = joined(rows)
+    return pb.TargetProfile(documents=to_message(_smallest_integers(ids)), lengths=to_message(lengths))
 
 
 def spec_message(spec: WeighterSpec | dict[str, Any]) -> pb.WeighterSpec:

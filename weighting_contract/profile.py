@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from weighting_contract.errors import InvalidArgument
-from weighting_contract.ngrams import Row, count_ngrams, log_ratios
+
+if TYPE_CHECKING:
+    from weighting_contract.ngrams import Row
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ def make_profile(documents: Sequence[Row] | np.ndarray, pool_ngrams: np.ndarray)
     Raises:
         InvalidArgument: no documents, or rows that are no token ids.
     """
+    from weighting_contract.ngrams import count_ngrams, log_ratios  # torch, which handing documents over doesn't need
+
     rows = [np.asarray(row) for row in documents]
     return Profile(log_ratios(count_ngrams(rows, len(pool_ngrams)), pool_ngrams), documents_checksum(rows))
 

@@ -124,27 +124,9 @@ def weighter_to_message(view: WeighterView) -> pb.Weighter:
 
 
 def _learning(learning: LearningStatistics, duplicates: int, refused: int) -> pb.LearningStatistics:
-    return pb.LearningStatistics(
-        updates_applied=learning.updates_applied,
-        updates_skipped=learning.updates_skipped,
-        duplicates=duplicates,
-        refused=refused,
-        gradient_norm=learning.gradient_norm,
-        logit_std=learning.logit_std,
-        effective_share=learning.effective_share,
-        signal_correlation=learning.signal_correlation,
-        jobs={
-            job_id: pb.JobStatistics(
-                updates_applied=job.updates_applied,
-                cotangent_rms=job.cotangent_rms,
-                signal_correlation=job.signal_correlation,
-                trust=job.trust,
-                trust_t=job.trust_t,
-                probed_updates=job.probed_updates,
-            )
-            for job_id, job in learning.jobs.items()
-        },
-    )
+    values = {name: value for name, value in vars(learning).items() if name != "jobs"}
+    jobs = {job_id: pb.JobStatistics(**vars(job)) for job_id, job in learning.jobs.items()}
+    return pb.LearningStatistics(**values, duplicates=duplicates, refused=refused, jobs=jobs)
 
 
 def job_to_message(view: JobView) -> pb.Job:
@@ -165,18 +147,10 @@ def job_to_message(view: JobView) -> pb.Job:
 
 
 def reference_to_message(view: ReferenceView) -> pb.Reference:
-    info = view.info
     return pb.Reference(
         name=view.name,
-        checksum=info.checksum,
-        tokenizer_checksum=info.tokenizer_checksum,
-        vocab_size=info.vocab_size,
-        seq_len=info.seq_len,
+        **vars(view.info),
         ngram_buckets=view.ngram_buckets,
-        trained_on=info.trained_on,
-        command=info.command,
-        steps=info.steps,
-        loss=info.loss,
         loaded=view.loaded,
         files=dict(view.files),
     )

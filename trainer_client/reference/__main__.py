@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,8 +14,6 @@ from trainer_client.run.shell import in_shell
 
 if TYPE_CHECKING:
     from trainer_client.reference.train import TrainedReference
-
-_LINE_EVERY = 100  # steps, where there is no terminal to draw on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,12 +36,13 @@ def _make(config: ReferenceConfig, console: Console) -> TrainedReference:
     from trainer_client.run.config import RunConfig
     from trainer_client.run.data import make_samples
     from trainer_client.run.device import set_up_torch
+    from trainer_client.run.progress import preparing
     from trainer_client.run.tokenizer import cached_tokenizer, load_tokenizer
     from weighting_contract.reference import check_free
 
     check_free(config.out, replace=config.overwrite)
     device = set_up_torch(RunConfig(device=config.device, threads=config.threads))
-    with _progress(console) as progress:
+    with preparing(console, "training the reference") as progress:
         documents = load_pool(config, progress)
         tokenizer = (
             load_tokenizer(config.tokenizer)
@@ -62,19 +60,6 @@ def _make(config: ReferenceConfig, console: Console) -> TrainedReference:
             device=device,
             progress=progress,
         )
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar in a terminal, else a line from time to time."""
-    from trainer_client.run.progress import preparing
-
-    def line(done: int, total: int, what: str) -> None:
-        if what.startswith("training the reference") and (done % _LINE_EVERY == 0 or done == total):
-            console.print(f"{what}: step {done} of {total}", highlight=False)
-
-    with preparing(console) as bar:
-        yield bar if console.is_terminal else line
 
 
 def _show(made: TrainedReference, console: Console) -> None:

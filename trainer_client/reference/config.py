@@ -41,7 +41,7 @@ class ReferenceConfig:
     seq_len: int = _flag(64, "tokens a sample", least=1)
     batch_size: int = _flag(32, "samples a step", least=1)
     lr: float = _flag(8e-3, "peak learning rate of AdamW")
-    warmup_steps: int = _flag(20, "steps of linear warm-up; a cosine down to a tenth of the peak follows", least=0)
+    warmup_steps: int = _flag(20, "steps of linear warm-up; constant after it", least=0)
     seed: int = _flag(0, "of parameters and data order", least=0)
     ngram_buckets: int = _flag(1 << 16, "buckets of the pool's hashed n-grams, a power of two from 2**10 to 2**20")
     device: str = _flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")

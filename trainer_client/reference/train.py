@@ -21,7 +21,7 @@ from trainer_client.run.config import RunConfig
 from trainer_client.run.data import BatchOrder, Document, Progress, Samples, load_corpus, load_documents, unigram_counts
 from trainer_client.run.evaluate import fixed_subset, mean_loss
 from trainer_client.run.forward import token_losses
-from trainer_client.run.loop import build_optimizer, learning_rate
+from trainer_client.run.loop import build_optimizer, learning_rate, optimise
 from trainer_client.run.models import build_model, count_parameters, no_progress_bar
 from trainer_client.run.task import to_tensor
 from trainer_client.run.tokenizer import Tokenizer
@@ -36,7 +36,6 @@ from weighting_contract.reference import (
 )
 
 _LOSS_SAMPLES = 512  # of the pool, behind the loss that a reference states
-_MAX_GRADIENT_NORM = 1.0
 _REPORT_EVERY = 10
 
 
@@ -152,10 +151,7 @@ def _train(
         loss = per_sample_loss(token_losses(model, tokens)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        optimizer.step()
+        optimise(model, optimizer, learning_rate(recipe, step))
         if progress is not None and ((step + 1) % _REPORT_EVERY == 0 or step + 1 == config.steps):
             progress(step + 1, config.steps, f"training the reference, loss {float(loss.detach()):.3f}")
 

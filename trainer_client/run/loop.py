@@ -82,6 +82,15 @@ def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Op
     return torch.optim.AdamW(model.parameters(), lr=config.lr)
 
 
+def optimise(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> float:
+    """An optimiser step at this learning rate, the gradient clipped to a norm of 1; its norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return float(norm)
+
+
 class Loop:
     """One run from its newest checkpoint (or the beginning) to the last step."""
 
@@ -169,14 +178,11 @@ class Loop:
             with self.totals.timed("meta_seconds"):
                 # Before the optimiser step: the losses of the training forward are those of theta.
                 self.teacher.teach(self.step, tokens, losses.detach(), choice.probes, self._learning_rate())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRADIENT_NORM)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        self.optimizer.step()
+        norm = optimise(self.model, self.optimizer, self._learning_rate())
         return {
             "loss": float(samples.detach().mean()),
             "weighted_loss": float(loss.detach()),
-            "gradient_norm": float(norm),
+            "gradient_norm": norm,
             "learning_rate": self._learning_rate(),
             "effective_sample_size": float(said.values.sum() ** 2 / (said.values**2).sum()),
             "fallback": int(fallback),

@@ -64,10 +64,18 @@ class JobProgress:
 
 
 @contextmanager
-def preparing(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar for what happens before training; yields the function that moves it (done, total, what)."""
+def preparing(console: Console, said: str = "", every: int = 100) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar for what happens outside of training runs; yields the function that moves it (done, total, what).
+
+    Where there is no terminal to draw on: a line from time to time about what begins with `said`; "": nothing.
+    """
     if not console.is_terminal:
-        yield lambda done, total, what: None
+
+        def line(done: int, total: int, what: str) -> None:
+            if said and what.startswith(said) and (done % every == 0 or done == total):
+                console.print(f"{what}: step {done} of {total}", highlight=False)
+
+        yield line
         return
     columns = (TextColumn("{task.description}", style="cyan"), BarColumn(bar_width=None), MofNCompleteColumn())
     with Progress(*columns, console=console, expand=True, transient=True) as bar:

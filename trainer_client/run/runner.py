@@ -149,10 +149,11 @@ class _Run:
             loop.train(bar, should_stop)
             export = self._workspace.export if self._is_main else None
             weighter = session.finish(export, bar.say) if session else None
-            history = source_history(loop)
+            choices = [chooser.choose(step) for step in range(config.steps)]
+            history = source_history(loop, choices)
             if self._variant.learned and self._is_main:
                 self._plot(history)
-            return summarise(self._variant, loop, history, weighter, self._job.reference)
+            return summarise(self._variant, loop, choices, history, weighter, self._job.reference)
 
     def _plot(self, history: SourceHistory) -> None:
         trust = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from trainer_client.run.choose import Selected
+from trainer_client.run.choose import Choice, Selected
 from trainer_client.run.compute import Compute, scoring_flops, teaching_flops, training_flops
 from trainer_client.run.evaluate import mean_loss
 from trainer_client.run.loop import Loop
@@ -19,9 +20,9 @@ from trainer_client.run.report import RunSummary, mean_effective_size, shares_by
 from trainer_client.run.variants import Variant
 
 
-def source_history(loop: Loop) -> SourceHistory:
+def source_history(loop: Loop, choices: Sequence[Choice]) -> SourceHistory:
     """What a finished run was trained on."""
-    train, choices = loop.task.train, [loop.chooser.choose(step) for step in range(loop.config.steps)]
+    train = loop.task.train
     return SourceHistory(
         weights=loop.weigher.recorded(loop.config.steps),
         sources=np.stack([train.source_index[choice.indices] for choice in choices]),
@@ -33,6 +34,7 @@ def source_history(loop: Loop) -> SourceHistory:
 def summarise(
     variant: Variant,
     loop: Loop,
+    choices: Sequence[Choice],
     history: SourceHistory,
     weighter: dict[str, Any] | None,
     reference: RunReference | None,
@@ -71,19 +73,18 @@ def summarise(
         weights_by_source=weights_by_source(history.weights, history.sources, history.names),
         shares_by_source=shares_by_source(history.weights, history.sources, history.names),
         trust=next((line["trust"] for line in reversed(lines) if "trust" in line and not line["fallback"]), None),
-        compute=_compute(loop, variant, reference).to_dict(),
+        compute=_compute(loop, variant, choices, reference).to_dict(),
         reference=reference.about() if reference and selected else None,
         weighter=weighter,
         test_curve=[(line["step"], line["seconds"], line["test_loss"]) for line in lines if "test_loss" in line],
     )
 
 
-def _compute(loop: Loop, variant: Variant, reference: RunReference | None) -> Compute:
+def _compute(loop: Loop, variant: Variant, choices: Sequence[Choice], reference: RunReference | None) -> Compute:
     config, parameters = loop.config, count_parameters(loop.model)
     taught = loop.teacher.counts.computed * config.seq_len if loop.teacher else 0  # tokens for each sample of an update
     scoring = trained = 0.0
     if variant.selects and reference is not None:
-        choices = [loop.chooser.choose(step) for step in range(config.steps)]
         scored = sum(len(choice.drawn) for choice in choices if not choice.fallback)
         scoring, trained = (
             scoring_flops(reference.parameters, scored * min(config.seq_len, reference.seq_len)),

@@ -18,8 +18,9 @@ from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task
 from trainer_client.run.teach import MetaBatch
 from weighting_contract.columns import COLUMNS
+from weighting_contract.spec import HeadSpec
 
-PRETAUGHT_MIN_SHARE = 0.6  # of the effective samples inside a batch; the pretaught spec's is for candidates
+PRETAUGHT_MIN_SHARE = HeadSpec().min_effective_share  # inside a batch; the pretaught spec's is for candidates
 
 
 @dataclass(frozen=True)
