@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,27 @@ def test_validation_draws_belong_to_seed_and_step(task):
     assert len(task.validation_draw(3, 50, CPU)) == 6  # there are no more
 
 
+def test_a_profile_is_made_of_other_documents_than_cotangents_are_towards(task):
+    tokens = np.arange(18 * 5).reshape(18, 5).astype(np.uint16)
+    documents = np.repeat(np.arange(9), 2)
+    val = Samples(tokens, np.zeros(18, np.int64), ("a",), documents)
+    split = dataclasses.replace(task, val=val)
+    drawn = split.validation_draw(0, 50, CPU, held_out=True)[:, 0].tolist()
+    assert sorted(drawn) == [5 * row for row in (6, 7, 14, 15)]  # documents 3 and 7 of 0 to 8
+    profile = split.profile_tokens[:, 0].tolist()
+    assert sorted(drawn + profile) == tokens[:, 0].tolist()
+
+
+def test_of_few_documents_the_last_quarter_of_each_is_held_out(task):
+    val = Samples(np.arange(10)[:, None].astype(np.uint16), np.zeros(10, np.int64), ("a",), np.repeat([0, 1], [8, 2]))
+    split = dataclasses.replace(task, val=val)
+    assert split.validation_draw(0, 50, CPU, held_out=True)[:, 0].sort().values.tolist() == [6, 7]
+    one = dataclasses.replace(
+        task, val=dataclasses.replace(val, tokens=val.tokens[:1], document_index=np.zeros(1, int))
+    )
+    assert len(one.profile_tokens) == len(one.validation_draw(0, 50, CPU, held_out=True)) == 1  # better than none
+
+
 def test_pause_draws_belong_to_seed_step_and_draw(task):
     draws = [task.pause_draw(5, 8, CPU, draw) for draw in range(3)]
     assert torch.equal(draws[0], task.pause_draw(5, 8, CPU, 0))
@@ -99,7 +122,7 @@ def test_means_and_shares_are_by_source(task):
 
 
 def test_the_most_alike_are_those_of_the_highest_log_ratio(task):
-    table = task.target_table.numpy()
+    table = task.target_table(task.val.tokens).numpy()
 
     # A naive reference: every sample's uni- and bigrams one by one, through the counts of single n-grams.
     def mean_ratio(row: np.ndarray) -> float:

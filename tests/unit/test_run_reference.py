@@ -149,10 +149,11 @@ def _saved(tmp_path: Path, profile, reference: RunReference, **other: str) -> st
 
 def test_the_profile_is_that_of_the_validation_samples(task: Task, reference: RunReference, tmp_path: Path) -> None:
     made = job_profile("", task, reference)
-    expected = make_profile(task.val.tokens, reference.ngrams)
+    expected = make_profile(task.profile_tokens, reference.ngrams)
     np.testing.assert_array_equal(made.log_ratios, expected.log_ratios)
-    read = job_profile(_saved(tmp_path, expected, reference), task, reference)
-    assert read.documents_checksum == made.documents_checksum == expected.documents_checksum
+    of_all = make_profile(task.val.tokens, reference.ngrams)
+    read = job_profile(_saved(tmp_path, of_all, reference), task, reference)
+    assert read.documents_checksum == of_all.documents_checksum
 
 
 def test_a_profile_of_the_whole_validation_documents_is_taken(

@@ -91,10 +91,10 @@ class MostAlike:
 
 def likeness(task: Task) -> np.ndarray:
     """[N] float32 mean n-gram log ratio of every training sample, validation against training samples."""
-    parts = []
+    parts, table = [], task.target_table(task.val.tokens)
     for start in range(0, len(task.train), _SAMPLES_AT_ONCE):
         tokens = to_tensor(task.train.tokens[start : start + _SAMPLES_AT_ONCE], torch.device("cpu"))
-        parts.append(ngram_log_ratio(tokens, torch.ones_like(tokens, dtype=torch.bool), task.target_table).numpy())
+        parts.append(ngram_log_ratio(tokens, torch.ones_like(tokens, dtype=torch.bool), table).numpy())
     return np.concatenate(parts)
 
 

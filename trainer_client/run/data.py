@@ -146,6 +146,7 @@ class Samples:
     tokens: np.ndarray  # [N, seq_len + 1] uint16, or uint32 for vocabularies over 65,536
     source_index: np.ndarray  # [N] int64, into sources
     sources: tuple[str, ...]
+    document_index: np.ndarray | None = None  # [N] int64, counted from 0; None: each window is of its own
     dropped_documents: int = 0  # too short for one window
     dropped_tokens: int = 0  # of rests and dropped documents
 
@@ -180,6 +181,7 @@ def make_samples(
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     windows: list[np.ndarray] = []
     source_index: list[int] = []
+    counts: list[int] = []  # windows of each document that has some
     dropped_documents = dropped_tokens = 0
     for start in range(0, len(listed), 64):
         chunk = listed[start : start + 64]
@@ -189,6 +191,7 @@ def make_samples(
                 rows = np.lib.stride_tricks.sliding_window_view(np.array(ids, dtype), seq_len + 1)
                 windows.append(rows[: count * seq_len : seq_len])
                 source_index.extend([index_of[document.source]] * count)
+                counts.append(count)
             dropped_documents += count == 0
             dropped_tokens += len(ids) - (count * seq_len + 1 if count else 0)
         if progress is not None:
@@ -201,8 +204,25 @@ def make_samples(
     if dropped_documents:
         logger.info("%d of %d documents are shorter than a sample and left out", dropped_documents, len(listed))
     return Samples(
-        np.concatenate(windows), np.array(source_index, np.int64), sources, dropped_documents, dropped_tokens
+        np.concatenate(windows),
+        np.array(source_index, np.int64),
+        sources,
+        np.repeat(np.arange(len(counts)), counts),
+        dropped_documents,
+        dropped_tokens,
     )
+
+
+def every_fourth_document(samples: Samples) -> np.ndarray:  # [N] bool
+    """The windows of every fourth document; where there are fewer than eight, the last quarter of each document's."""
+    index = np.arange(len(samples)) if samples.document_index is None else samples.document_index
+    counts = np.bincount(index)
+    if len(counts) >= 8:
+        return np.asarray(index % 4 == 3)
+    of_document = counts[index]
+    place = np.arange(len(samples)) - (np.cumsum(counts) - counts)[index]  # in its document
+    held_out: np.ndarray = place >= of_document - of_document // 4
+    return held_out
 
 
 def unigram_counts(samples: Samples, vocab_size: int) -> np.ndarray:  # [V] int64

@@ -143,7 +143,8 @@ class _Run:
             weigher = self._weigher(session, stack)
             learners: list[Learner] = [part for part in (chooser, weigher) if isinstance(part, Selected | Learned)]
             cadence = config.cadence(self._variant)
-            teacher = Teacher(config, self._task, model, learners, cadence) if learners else None
+            held_out = self._variant.reads_profile and not config.profile
+            teacher = Teacher(config, self._task, model, learners, cadence, held_out=held_out) if learners else None
             loop = Loop(config, self._task, model, chooser, weigher, teacher, self._folder)
             bar.start(label, steps_before, loop.step)
             loop.train(bar, should_stop)

@@ -13,14 +13,14 @@ def job_profile(path: str, task: Task, reference: RunReference) -> Profile:
     """The profile that a job hands over.
 
     Args:
-        path: of a profile file; empty: it is made of the validation samples.
+        path: of a profile file; empty: it is made of the validation samples that are not held out.
 
     Raises:
         InvalidArgument: a file that can't be read, or is of another reference, size, or of other documents than the
             validation set's.
     """
     if not path:
-        return make_profile(task.val.tokens, reference.ngrams)
+        return make_profile(task.profile_tokens, reference.ngrams)
     profile = load_profile(path, reference_checksum=reference.checksum)
     if len(profile.log_ratios) != len(reference.ngrams):
         raise InvalidArgument(

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 
 from trainer_client.run.config import RunConfig
-from trainer_client.run.data import BatchOrder, Document, Progress, Samples, load_corpus, make_samples, unigram_counts
+from trainer_client.run.data import (
+    BatchOrder,
+    Document,
+    Progress,
+    Samples,
+    every_fourth_document,
+    load_corpus,
+    make_samples,
+    unigram_counts,
+)
 from trainer_client.run.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.ngrams import count_ngrams, log_ratios, profile_table
@@ -43,9 +52,23 @@ class Task:
         return to_tensor(self.train.tokens[indices], device)
 
     @cached_property
-    def target_table(self) -> torch.Tensor:
-        """[buckets] float32: the profile of the validation samples against the training samples."""
-        return profile_table(log_ratios(count_ngrams(self.val.tokens), count_ngrams(self.train.tokens)))
+    def _held_out(self) -> np.ndarray:
+        """[validation samples] bool: what a profile is not made of, so that cotangents can judge it."""
+        held_out = every_fourth_document(self.val)
+        return held_out if held_out.any() else np.ones_like(held_out)
+
+    @property
+    def profile_tokens(self) -> np.ndarray:
+        """[N, T+1] validation samples that a target profile is made of: those that are not held out, if there are any.
+
+        A sample that resembles the very documents that measure its worth looks useful where it is not. So a weighter
+        that reads a profile is taught, and its trust measured, with cotangents towards other documents than those.
+        """
+        return self.val.tokens if self._held_out.all() else self.val.tokens[~self._held_out]
+
+    def target_table(self, validation: np.ndarray) -> torch.Tensor:
+        """[buckets] float32: the profile of validation samples [N, T+1] against the training samples."""
+        return profile_table(log_ratios(count_ngrams(validation), count_ngrams(self.train.tokens)))
 
     def share_by_source(self, indices: np.ndarray) -> dict[str, float]:
         """Share of each source among training samples."""
@@ -57,10 +80,17 @@ class Task:
         sources = self.train.source_index[indices]
         return {self.train.sources[i]: float(weights[sources == i].mean()) for i in np.unique(sources)}
 
-    def validation_draw(self, step: int, count: int, device: torch.device, draw: int = 0) -> torch.Tensor:
-        """[count, T+1] int64 validation samples that belong to (seed, step, draw); fewer where there are fewer."""
+    def validation_draw(
+        self, step: int, count: int, device: torch.device, draw: int = 0, *, held_out: bool = False
+    ) -> torch.Tensor:
+        """[count, T+1] int64 validation samples that belong to (seed, step, draw); fewer where there are fewer.
+
+        Args:
+            held_out: of those only that `profile_tokens` leaves out.
+        """
         rng = np.random.default_rng([self.seed, _VALIDATION_STREAM, step, draw])
-        return to_tensor(self.val.tokens[rng.permutation(len(self.val))[:count]], device)
+        rows = np.flatnonzero(self._held_out) if held_out else np.arange(len(self.val))
+        return to_tensor(self.val.tokens[rng.permutation(rows)[:count]], device)
 
     def pause_draw(self, step: int, count: int, device: torch.device, draw: int) -> torch.Tensor:
         """[count, T+1] int64 training samples for the `draw`-th meta-update in the pause before `step`."""

@@ -68,8 +68,20 @@ class Teacher:
     """
 
     def __init__(
-        self, config: RunConfig, task: Task, model: torch.nn.Module, learners: Sequence[Learner], cadence: Cadence
+        self,
+        config: RunConfig,
+        task: Task,
+        model: torch.nn.Module,
+        learners: Sequence[Learner],
+        cadence: Cadence,
+        *,
+        held_out: bool = False,
     ) -> None:
+        """
+        Args:
+            held_out: cotangents are towards the validation samples that no profile is made of.
+        """
+        self._held_out = held_out
         self._config, self._task, self._model, self._learners = config, task, model, learners
         self._cadence = cadence
         self._device = next(model.parameters()).device
@@ -97,7 +109,7 @@ class Teacher:
             learning_rate: of the step.
         """
         part = self._config.meta_batch
-        validation = self._task.validation_draw(step, self._config.val_batch, self._device)
+        validation = self._validation(step)
         computed = self._cotangent(step, tokens[:part], losses[:part], validation, learning_rate)
         if computed is not None:
             even = np.arange(part) < probes
@@ -107,7 +119,7 @@ class Teacher:
         """The meta-updates between two stages, on batches of their own; `step` is the next one to train."""
         for draw in range(self._config.stage_updates):
             tokens = self._task.pause_draw(step, self._config.meta_batch, self._device, draw)
-            validation = self._task.validation_draw(step, self._config.val_batch, self._device, draw + 1)
+            validation = self._validation(step, draw + 1)
             with torch.no_grad():
                 losses = token_losses(self._model, tokens)
             computed = self._cotangent(step, tokens, losses, validation, learning_rate)
@@ -131,6 +143,10 @@ class Teacher:
     def _hand_over(self, batch: MetaBatch) -> None:
         learned = [learner.learn(batch) for learner in self._learners]
         self.counts.sent += any(learned)
+
+    def _validation(self, step: int, draw: int = 0) -> torch.Tensor:
+        count = self._config.val_batch
+        return self._task.validation_draw(step, count, self._device, draw, held_out=self._held_out)
 
     def _cotangent(
         self, step: int, tokens: torch.Tensor, losses: torch.Tensor, validation: torch.Tensor, learning_rate: float

@@ -50,6 +50,11 @@ class Variant:
         return self.weighter_from == "pretaught"
 
     @property
+    def reads_profile(self) -> bool:
+        """Whether its weighter reads statistics against the target."""
+        return self.learned and (self.selects or self.pretaught)
+
+    @property
     def inner_weighter(self) -> str:
         """The second weighter of `both`, which weighs what the first has selected; it always starts fresh."""
         return f"{self.weighter}-inner"

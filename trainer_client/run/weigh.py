@@ -96,7 +96,7 @@ class Learned:
         self._job, self._recorder = job, recorder
         self._unigram_nll = task.unigram_nll.to(device)
         self._names = COLUMNS if pretaught else FEATURE_NAMES
-        self._table = task.target_table.to(device) if pretaught else None
+        self._table = task.target_table(task.profile_tokens).to(device) if pretaught else None
         self._min_share = PRETAUGHT_MIN_SHARE if pretaught else None
         self._prefix = "inner_" if inner else ""
 
