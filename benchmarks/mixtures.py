@@ -1,6 +1,7 @@
 """Corpora for experiments besides the built-in one: mixtures with a known target, as files that `run` reads.
 
 `books` and `wiki` need a folder of texts (books.jsonl.gz, wiki.jsonl.gz, web.jsonl.gz: documents with a `text` a line);
+`clean` is the built-in corpus's prose alone, whose pool is the target already;
 `pip` takes the sources of the package installer, which every Python installation has, and shares nothing with the
 built-in corpus: it is what the weighter in the package is taught on.
 """
@@ -60,6 +61,14 @@ def text_mixture(target: str, texts: Path) -> Mixture:
         **{name: [d.text for d in builtin if d.source == name] for name in ("code", "tables")},
     }
     return Mixture(_with_noise(_shares(sources, SHARES, POOL_CHARACTERS)), _all(validation), _all(test))
+
+
+def clean_mixture() -> Mixture:
+    """The pool is of the target's distribution: nothing is to be gained by weighting."""
+    corpus = builtin_corpus.build()
+    splits = (corpus.train, corpus.validation, corpus.test)
+    pool, validation, test = ([(document.text, document.source) for document in split] for split in splits)
+    return Mixture([document for document in pool if document[1] == "prose"], validation, test)
 
 
 def pip_mixtures() -> dict[str, Mixture]:

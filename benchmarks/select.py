@@ -25,10 +25,13 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks.machine import describe
-from benchmarks.mixtures import text_mixture
+from benchmarks.mixtures import Mixture, clean_mixture, text_mixture
 from trainer_client.run.report import RunSummary, reached_uniform
 
 SEEDS = (0, 1, 2)
+CLEAN_SEEDS = (0, 1)
+CLEAN_LOSS = 1.01  # where nothing is to be gained, in uniform's; choosing evenly among candidates alone is within it
+CLEAN_TRUST = 0.1
 OTHERS = {"books": 0.45, "wiki": 0.55}  # share of uniform's steps in which a weighter taught elsewhere gets there
 
 
@@ -64,30 +67,27 @@ def main() -> int:
     given = parser.parse_args()
     console = Console()
     console.print(describe(), highlight=False)
-    corpora = write_corpora(given.texts, given.out) if given.texts else {}
-    run_all(jobs(corpora, given.out), given.out, given.processes, console)
+    folder = given.out / "corpora"
+    corpora = {n: written(text_mixture(n, given.texts), folder / n) for n in OTHERS} if given.texts else {}
+    clean = written(clean_mixture(), folder / "clean")
+    run_all(jobs(corpora, clean, given.out), given.out, given.processes, console)
     figures = list(measured(given.out, corpora))
     console.print(table(figures))
     return int(given.check and not all(figure.reached for figure in figures))
 
 
-def write_corpora(texts: Path, out: Path) -> dict[str, tuple[str, ...]]:
-    """The flags of each mixture, whose files are written where they are missing."""
-    corpora = {}
-    for name in OTHERS:
-        folder = out / "corpora" / name
-        if not (folder / "test.jsonl").is_file():
-            text_mixture(name, texts).write(folder)
-        files = {"--data": "pool", "--val": "val", "--test": "test"}
-        corpora[name] = tuple(part for flag, file in files.items() for part in (flag, str(folder / f"{file}.jsonl")))
-    return corpora
+def written(mixture: Mixture, folder: Path) -> tuple[str, ...]:
+    """The flags of a run on a mixture, whose files are written."""
+    flags = {"pool": "--data", "val": "--val", "test": "--test"}
+    return tuple(part for name, path in mixture.write(folder).items() for part in (flags[name], str(path)))
 
 
-def jobs(corpora: dict[str, tuple[str, ...]], out: Path) -> list[Job]:
+def jobs(corpora: dict[str, tuple[str, ...]], clean: tuple[str, ...], out: Path) -> list[Job]:
     """Those that others need come first."""
     compare = ("--compare", "uniform", "dsir", "weight-scratch")
     scratch = ("--weighter-from", "none")
     found = [Job(f"builtin-{seed}", ("--seed", str(seed), *scratch, *compare, "select")) for seed in SEEDS]
+    found += [Job(f"clean-{seed}", (*clean, "--seed", str(seed), "--compare", "uniform")) for seed in CLEAN_SEEDS]
     for name, flags in corpora.items():
         found.append(Job(f"{name}-0", (*flags, "--compare", "uniform", "dsir")))
         taught = ("--role", "frozen", *scratch, "--weighter", f"embedded://{(out / f'{name}-taught-state').resolve()}")
@@ -133,6 +133,12 @@ def measured(out: Path, corpora: dict[str, tuple[str, ...]]) -> Iterator[Figure]
         yield Figure(
             f"built-in, seed {seed}: pretaught, uniform being", runs["select"].test_loss, runs["uniform"].test_loss
         )
+    for seed in CLEAN_SEEDS:
+        runs = summaries(out / f"clean-{seed}")
+        ratio = runs["select"].test_loss / runs["uniform"].test_loss
+        yield Figure(f"clean, seed {seed}: loss, pretaught", ratio, CLEAN_LOSS, "of uniform's")
+        trust = runs["select"].trust
+        yield Figure(f"clean, seed {seed}: trust at the end", 1.0 if trust is None else trust, CLEAN_TRUST, "of 1")
     for name in corpora:
         uniform = summaries(out / f"{name}-0")["uniform"]
         for kind, words in (("taught", "taught on the built-in corpus"), ("frozen", "the package's")):
