@@ -34,7 +34,10 @@ def from_message(message: pb.Tensor, field: str) -> np.ndarray:
         raise InvalidArgument(
             f"{field}.data has {len(message.data)} bytes, but {message.dtype} of shape {list(shape)} takes {expected}"
         )
-    return np.frombuffer(message.data, dtype).reshape(shape)
+    try:
+        return np.frombuffer(message.data, dtype).reshape(shape)
+    except ValueError as exc:  # too many dimensions, or one of 0 beside others that are too large
+        raise InvalidArgument(f"{field}.shape is {list(shape)[:8]}..., which no array can have: {exc}") from exc
 
 
 def as_array(values: Any, field: str) -> np.ndarray:

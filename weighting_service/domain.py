@@ -68,6 +68,7 @@ class WeighterRecord:
     spec: WeighterSpec
     created_unix_ms: int
     initial: str = ""  # what its parameters started from: fresh ones, or "pretaught"
+    shared_with: tuple[str, ...] = ()  # tenants that may use it beside its own; "*": all of them
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class JobRecord:
     reference: str = ""  # name of the reference that turns its tokens into statistics
     reference_checksum: str = ""
     documents_checksum: str = ""  # of the target profile, which the log keeps beside the record; empty: it has none
+    quarantined: str = ""  # why the job may not teach for now; empty: it may
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,20 @@ class MetaUpdate:
         if self.trust_only:
             h.update(b";trust_only")
         return h.digest()
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """One entry of a weighter's update log: an earlier state is put back.
+
+    It carries that state whole, so that replay needs no snapshot that may be gone by then.
+    """
+
+    to_position: int
+    state: bytes  # a snapshot file
+
+
+Entry = MetaUpdate | Rollback
 
 
 @dataclass(frozen=True)

@@ -8,69 +8,86 @@ from typing import Any
 from protos.weighting.v1 import weighting_pb2 as pb
 from weighting_service import wire
 from weighting_service.service import WeightingService
+from weighting_service.tenancy import TenantService
+
+Service = WeightingService | TenantService
 
 
-async def create_weighter(service: WeightingService, request: pb.CreateWeighterRequest) -> pb.Weighter:
+async def create_weighter(service: Service, request: pb.CreateWeighterRequest) -> pb.Weighter:
     spec = wire.spec_values(request.spec)
     view = await service.create_weighter(request.name, spec, request.exist_ok, request.initial)
     return wire.weighter_to_message(view)
 
 
-async def get_weighter(service: WeightingService, request: pb.GetWeighterRequest) -> pb.Weighter:
+async def get_weighter(service: Service, request: pb.GetWeighterRequest) -> pb.Weighter:
     return wire.weighter_to_message(await service.get_weighter(request.name))
 
 
-async def list_weighters(service: WeightingService, request: pb.ListWeightersRequest) -> pb.ListWeightersResponse:
+async def list_weighters(service: Service, request: pb.ListWeightersRequest) -> pb.ListWeightersResponse:
     views = await service.list_weighters()
     return pb.ListWeightersResponse(weighters=[wire.weighter_to_message(view) for view in views])
 
 
-async def delete_weighter(service: WeightingService, request: pb.DeleteWeighterRequest) -> pb.DeleteWeighterResponse:
+async def delete_weighter(service: Service, request: pb.DeleteWeighterRequest) -> pb.DeleteWeighterResponse:
     await service.delete_weighter(request.name)
     return pb.DeleteWeighterResponse()
 
 
-async def export_weighter(service: WeightingService, request: pb.ExportWeighterRequest) -> pb.ExportWeighterResponse:
+async def share_weighter(service: Service, request: pb.ShareWeighterRequest) -> pb.Weighter:
+    return wire.weighter_to_message(await service.share_weighter(request.name, tuple(request.tenants)))
+
+
+async def rollback_weighter(service: Service, request: pb.RollbackWeighterRequest) -> pb.RollbackWeighterResponse:
+    expected = request.expected_position if request.HasField("expected_position") else None
+    taught = await service.rollback_weighter(request.name, request.to_position, expected)
+    return pb.RollbackWeighterResponse(position=taught.position, applied_position=taught.applied_position)
+
+
+async def export_weighter(service: Service, request: pb.ExportWeighterRequest) -> pb.ExportWeighterResponse:
     return pb.ExportWeighterResponse(files=await service.export_weighter(request.name))
 
 
-async def watch_weighter(service: WeightingService, request: pb.WatchWeighterRequest) -> AsyncIterator[pb.Weighter]:
+async def watch_weighter(service: Service, request: pb.WatchWeighterRequest) -> AsyncIterator[pb.Weighter]:
     async for view in service.watch_weighter(request.name):
         yield wire.weighter_to_message(view)
 
 
-async def put_reference(service: WeightingService, request: pb.PutReferenceRequest) -> pb.Reference:
+async def put_reference(service: Service, request: pb.PutReferenceRequest) -> pb.Reference:
     return wire.reference_to_message(await service.put_reference(request.name, dict(request.files), request.exist_ok))
 
 
-async def get_reference(service: WeightingService, request: pb.GetReferenceRequest) -> pb.Reference:
+async def get_reference(service: Service, request: pb.GetReferenceRequest) -> pb.Reference:
     return wire.reference_to_message(await service.get_reference(request.name, request.files))
 
 
-async def list_references(service: WeightingService, request: pb.ListReferencesRequest) -> pb.ListReferencesResponse:
+async def list_references(service: Service, request: pb.ListReferencesRequest) -> pb.ListReferencesResponse:
     views = await service.list_references()
     return pb.ListReferencesResponse(references=[wire.reference_to_message(view) for view in views])
 
 
-async def delete_reference(service: WeightingService, request: pb.DeleteReferenceRequest) -> pb.DeleteReferenceResponse:
+async def delete_reference(service: Service, request: pb.DeleteReferenceRequest) -> pb.DeleteReferenceResponse:
     await service.delete_reference(request.name)
     return pb.DeleteReferenceResponse()
 
 
-async def open_job(service: WeightingService, request: pb.OpenJobRequest) -> pb.Job:
+async def open_job(service: Service, request: pb.OpenJobRequest) -> pb.Job:
     return wire.job_to_message(await service.open_job(wire.job_request_from_message(request)))
 
 
-async def close_job(service: WeightingService, request: pb.CloseJobRequest) -> pb.Job:
+async def close_job(service: Service, request: pb.CloseJobRequest) -> pb.Job:
     return wire.job_to_message(await service.close_job(request.job_id))
 
 
-async def heartbeat(service: WeightingService, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
+async def heartbeat(service: Service, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
     position, applied = await service.heartbeat(request.job_id, request.fallback_steps)
     return pb.HeartbeatResponse(position=position, applied_position=applied)
 
 
-async def score(service: WeightingService, request: pb.ScoreRequest) -> pb.ScoreResponse:
+async def quarantine_job(service: Service, request: pb.QuarantineJobRequest) -> pb.Job:
+    return wire.job_to_message(await service.quarantine_job(request.job_id, request.reason))
+
+
+async def score(service: Service, request: pb.ScoreRequest) -> pb.ScoreResponse:
     scores = await service.score(
         request.job_id,
         wire.inputs_from_message(request.inputs),
@@ -81,20 +98,22 @@ async def score(service: WeightingService, request: pb.ScoreRequest) -> pb.Score
     return wire.scores_to_message(scores)
 
 
-async def meta_update(service: WeightingService, request: pb.MetaUpdateRequest) -> pb.MetaUpdateResponse:
+async def meta_update(service: Service, request: pb.MetaUpdateRequest) -> pb.MetaUpdateResponse:
     taught = await service.meta_update(request.job_id, wire.meta_update_from_message(request))
     return pb.MetaUpdateResponse(
         position=taught.position, duplicate=taught.duplicate, applied_position=taught.applied_position
     )
 
 
-Unary = Callable[[WeightingService, Any], Awaitable[Any]]
+Unary = Callable[[Service, Any], Awaitable[Any]]
 
 UNARY: dict[str, Unary] = {
     "CreateWeighter": create_weighter,
     "GetWeighter": get_weighter,
     "ListWeighters": list_weighters,
     "DeleteWeighter": delete_weighter,
+    "ShareWeighter": share_weighter,
+    "RollbackWeighter": rollback_weighter,
     "ExportWeighter": export_weighter,
     "PutReference": put_reference,
     "GetReference": get_reference,
@@ -103,6 +122,7 @@ UNARY: dict[str, Unary] = {
     "OpenJob": open_job,
     "CloseJob": close_job,
     "Heartbeat": heartbeat,
+    "QuarantineJob": quarantine_job,
     "Score": score,
     "MetaUpdate": meta_update,
 }

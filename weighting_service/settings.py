@@ -38,6 +38,15 @@ class Settings(BaseSettings):
     state: Path = Field(
         Path("weighbridge-state"), description="directory of the update log, the snapshots and uploaded references"
     )
+    log: str = Field(
+        "", description="redis://HOST:PORT/DB (rediss:// with TLS) for a log that several services share; else in --state"
+    )
+    snapshots: str = Field(
+        "", description="file:///DIR or s3://BUCKET/PREFIX for snapshots and uploaded references; else in --state"
+    )
+    durability: Literal["strict", "relaxed"] = Field(
+        "strict", description="strict refuses a Redis that may lose acknowledged updates; relaxed warns"
+    )
     models: Path | None = Field(
         None, description="directory of encoder models, tokenizers and references that specs and jobs may name"
     )
@@ -45,6 +54,10 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, description="CPU threads for torch; 0: torch's own choice")
     snapshot_every: int = Field(200, ge=1, description="updates between two snapshots of a weighter")
     snapshots_kept: int = Field(3, ge=1, description="snapshots kept of each weighter")
+    updates_kept: int = Field(
+        10_000, ge=0, description="updates kept in the log behind the oldest kept snapshot, to look at and to replay"
+    )
+    sync_s: float = Field(0.1, gt=0, le=60, description="seconds between two looks at what other services wrote")
     max_message_mb: int = Field(64, ge=1, le=1024, description="largest request, MiB")
     max_batch_samples: int = Field(8192, ge=1, description="most samples a batch")
     max_batch_tokens: int = Field(4_194_304, ge=1, description="most padded tokens a batch")
@@ -52,8 +65,24 @@ class Settings(BaseSettings):
     samples_per_pass: int = Field(8192, ge=1, description="most samples that one forward pass takes from several calls")
     tokens_per_pass: int = Field(65_536, ge=1, description="most tokens that one forward pass takes likewise")
     max_pending_updates: int = Field(1000, ge=1, description="updates logged but not yet applied before refusing more")
+    max_queue_wait_s: float = Field(30.0, gt=0, description="longest that a Score call waits for the device")
+    max_calls_per_job: int = Field(64, ge=1, description="calls of one job that may be under way")
+    max_weighters_per_tenant: int = Field(100, ge=1, description="weighters of one tenant")
+    max_jobs_per_tenant: int = Field(1000, ge=1, description="open jobs of one tenant")
+    max_weighter_parameters: int = Field(1_000_000_000, ge=1, description="parameters of one weighter")
+    max_log_mb: int = Field(16_384, ge=1, description="size of the update log beyond which updates are refused, MiB")
+    min_free_disk_mb: int = Field(256, ge=0, description="free space below which updates are refused, MiB")
+    job_idle_s: float = Field(900.0, gt=0, description="seconds without a call after which a job is closed")
+    tokens: Path | None = Field(
+        None, description="TOML file of hashed tokens (python -m weighting_service token); none: no authentication"
+    )
+    insecure: bool = Field(False, description="listen beyond this machine without tokens")
+    tls_cert: Path | None = Field(None, description="PEM file of the certificate chain, for TLS on both ports")
+    tls_key: Path | None = Field(None, description="PEM file of its private key")
+    tls_client_ca: Path | None = Field(None, description="PEM file of the CA that clients' certificates must be of (mTLS)")
     drain_s: float = Field(10.0, ge=0, le=600, description="seconds that calls under way get at SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what to log")
+    log_format: Literal["text", "json"] = Field("text", description="text for people, json: one object a line")
 
     @field_validator("device")
     @classmethod

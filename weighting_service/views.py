@@ -24,6 +24,7 @@ class WeighterView:
     learning: LearningStatistics
     duplicates: int
     refused: int
+    snapshot_positions: tuple[int, ...] = ()  # that a rollback can go to; where they were asked for
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,8 @@ def weighter_to_message(view: WeighterView) -> pb.Weighter:
         learning=_learning(view.learning, view.duplicates, view.refused),
         created_unix_ms=view.record.created_unix_ms,
         initial=view.record.initial,
+        shared_with=view.record.shared_with,
+        snapshot_positions=view.snapshot_positions,
     )
 
 
@@ -143,6 +145,7 @@ def job_to_message(view: JobView) -> pb.Job:
         reference=view.record.reference,
         reference_checksum=view.record.reference_checksum,
         documents_checksum=view.record.documents_checksum,
+        quarantined=view.record.quarantined,
     )
 
 

@@ -112,7 +112,7 @@ class LearningSpec(_message.Message):
     def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., cotangent_clip: _Optional[float] = ..., cotangent_memory: _Optional[float] = ..., max_staleness: _Optional[int] = ..., trust: bool = ..., averaging: _Optional[float] = ..., logit_penalty: _Optional[float] = ...) -> None: ...
 
 class Weighter(_message.Message):
-    __slots__ = ("name", "spec", "position", "applied_position", "parameters", "jobs_open", "learning", "created_unix_ms", "initial")
+    __slots__ = ("name", "spec", "position", "applied_position", "parameters", "jobs_open", "learning", "created_unix_ms", "initial", "shared_with", "snapshot_positions")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +122,8 @@ class Weighter(_message.Message):
     LEARNING_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     INITIAL_FIELD_NUMBER: _ClassVar[int]
+    SHARED_WITH_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     spec: WeighterSpec
     position: int
@@ -131,7 +133,9 @@ class Weighter(_message.Message):
     learning: LearningStatistics
     created_unix_ms: int
     initial: str
-    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., position: _Optional[int] = ..., applied_position: _Optional[int] = ..., parameters: _Optional[int] = ..., jobs_open: _Optional[int] = ..., learning: _Optional[_Union[LearningStatistics, _Mapping]] = ..., created_unix_ms: _Optional[int] = ..., initial: _Optional[str] = ...) -> None: ...
+    shared_with: _containers.RepeatedScalarFieldContainer[str]
+    snapshot_positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., position: _Optional[int] = ..., applied_position: _Optional[int] = ..., parameters: _Optional[int] = ..., jobs_open: _Optional[int] = ..., learning: _Optional[_Union[LearningStatistics, _Mapping]] = ..., created_unix_ms: _Optional[int] = ..., initial: _Optional[str] = ..., shared_with: _Optional[_Iterable[str]] = ..., snapshot_positions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LearningStatistics(_message.Message):
     __slots__ = ("updates_applied", "updates_skipped", "duplicates", "refused", "gradient_norm", "logit_std", "effective_share", "signal_correlation", "jobs")
@@ -215,6 +219,32 @@ class DeleteWeighterRequest(_message.Message):
 class DeleteWeighterResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ShareWeighterRequest(_message.Message):
+    __slots__ = ("name", "tenants")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tenants: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., tenants: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RollbackWeighterRequest(_message.Message):
+    __slots__ = ("name", "to_position", "expected_position")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TO_POSITION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_POSITION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    to_position: int
+    expected_position: int
+    def __init__(self, name: _Optional[str] = ..., to_position: _Optional[int] = ..., expected_position: _Optional[int] = ...) -> None: ...
+
+class RollbackWeighterResponse(_message.Message):
+    __slots__ = ("position", "applied_position")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_POSITION_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    applied_position: int
+    def __init__(self, position: _Optional[int] = ..., applied_position: _Optional[int] = ...) -> None: ...
 
 class WatchWeighterRequest(_message.Message):
     __slots__ = ("name",)
@@ -360,7 +390,7 @@ class TargetProfile(_message.Message):
     def __init__(self, log_ratios: _Optional[_Union[Tensor, _Mapping]] = ..., documents: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Union[Tensor, _Mapping]] = ..., documents_checksum: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "weighter", "role", "open", "resumed", "position", "last_step", "last_position", "spec", "reference", "reference_checksum", "documents_checksum")
+    __slots__ = ("job_id", "weighter", "role", "open", "resumed", "position", "last_step", "last_position", "spec", "reference", "reference_checksum", "documents_checksum", "quarantined")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHTER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -373,6 +403,7 @@ class Job(_message.Message):
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     weighter: str
     role: Role
@@ -385,7 +416,8 @@ class Job(_message.Message):
     reference: str
     reference_checksum: str
     documents_checksum: str
-    def __init__(self, job_id: _Optional[str] = ..., weighter: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., open: bool = ..., resumed: bool = ..., position: _Optional[int] = ..., last_step: _Optional[int] = ..., last_position: _Optional[int] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., reference: _Optional[str] = ..., reference_checksum: _Optional[str] = ..., documents_checksum: _Optional[str] = ...) -> None: ...
+    quarantined: str
+    def __init__(self, job_id: _Optional[str] = ..., weighter: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., open: bool = ..., resumed: bool = ..., position: _Optional[int] = ..., last_step: _Optional[int] = ..., last_position: _Optional[int] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., reference: _Optional[str] = ..., reference_checksum: _Optional[str] = ..., documents_checksum: _Optional[str] = ..., quarantined: _Optional[str] = ...) -> None: ...
 
 class CloseJobRequest(_message.Message):
     __slots__ = ("job_id",)
@@ -400,6 +432,14 @@ class HeartbeatRequest(_message.Message):
     job_id: str
     fallback_steps: int
     def __init__(self, job_id: _Optional[str] = ..., fallback_steps: _Optional[int] = ...) -> None: ...
+
+class QuarantineJobRequest(_message.Message):
+    __slots__ = ("job_id", "reason")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    reason: str
+    def __init__(self, job_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
     __slots__ = ("position", "applied_position")

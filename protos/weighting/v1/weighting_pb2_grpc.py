@@ -54,6 +54,16 @@ class WeightingServiceStub(object):
                 request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterRequest.SerializeToString,
                 response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterResponse.FromString,
                 _registered_method=True)
+        self.ShareWeighter = channel.unary_unary(
+                '/weighting.v1.WeightingService/ShareWeighter',
+                request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.ShareWeighterRequest.SerializeToString,
+                response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.Weighter.FromString,
+                _registered_method=True)
+        self.RollbackWeighter = channel.unary_unary(
+                '/weighting.v1.WeightingService/RollbackWeighter',
+                request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.RollbackWeighterRequest.SerializeToString,
+                response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.RollbackWeighterResponse.FromString,
+                _registered_method=True)
         self.PutReference = channel.unary_unary(
                 '/weighting.v1.WeightingService/PutReference',
                 request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.PutReferenceRequest.SerializeToString,
@@ -88,6 +98,11 @@ class WeightingServiceStub(object):
                 '/weighting.v1.WeightingService/Heartbeat',
                 request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.HeartbeatResponse.FromString,
+                _registered_method=True)
+        self.QuarantineJob = channel.unary_unary(
+                '/weighting.v1.WeightingService/QuarantineJob',
+                request_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.QuarantineJobRequest.SerializeToString,
+                response_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.Job.FromString,
                 _registered_method=True)
         self.Score = channel.unary_unary(
                 '/weighting.v1.WeightingService/Score',
@@ -148,6 +163,19 @@ class WeightingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ShareWeighter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackWeighter(self, request, context):
+        """Puts the state of an earlier snapshot back, as a new entry of the log: nothing is erased, every replica follows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PutReference(self, request, context):
         """References are immutable: a name can be used again only after a deletion.
         """
@@ -187,6 +215,13 @@ class WeightingServiceServicer(object):
 
     def Heartbeat(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QuarantineJob(self, request, context):
+        """A quarantined job goes on scoring, and teaches nothing.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -253,6 +288,16 @@ def add_WeightingServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterRequest.FromString,
                     response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterResponse.SerializeToString,
             ),
+            'ShareWeighter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShareWeighter,
+                    request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.ShareWeighterRequest.FromString,
+                    response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.Weighter.SerializeToString,
+            ),
+            'RollbackWeighter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackWeighter,
+                    request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.RollbackWeighterRequest.FromString,
+                    response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.RollbackWeighterResponse.SerializeToString,
+            ),
             'PutReference': grpc.unary_unary_rpc_method_handler(
                     servicer.PutReference,
                     request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.PutReferenceRequest.FromString,
@@ -287,6 +332,11 @@ def add_WeightingServiceServicer_to_server(servicer, server):
                     servicer.Heartbeat,
                     request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.HeartbeatRequest.FromString,
                     response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.HeartbeatResponse.SerializeToString,
+            ),
+            'QuarantineJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuarantineJob,
+                    request_deserializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.QuarantineJobRequest.FromString,
+                    response_serializer=protos_dot_weighting_dot_v1_dot_weighting__pb2.Job.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
@@ -427,6 +477,60 @@ class WeightingService(object):
             '/weighting.v1.WeightingService/DeleteWeighter',
             protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterRequest.SerializeToString,
             protos_dot_weighting_dot_v1_dot_weighting__pb2.DeleteWeighterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShareWeighter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weighting.v1.WeightingService/ShareWeighter',
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.ShareWeighterRequest.SerializeToString,
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.Weighter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackWeighter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weighting.v1.WeightingService/RollbackWeighter',
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.RollbackWeighterRequest.SerializeToString,
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.RollbackWeighterResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -616,6 +720,33 @@ class WeightingService(object):
             '/weighting.v1.WeightingService/Heartbeat',
             protos_dot_weighting_dot_v1_dot_weighting__pb2.HeartbeatRequest.SerializeToString,
             protos_dot_weighting_dot_v1_dot_weighting__pb2.HeartbeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuarantineJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weighting.v1.WeightingService/QuarantineJob',
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.QuarantineJobRequest.SerializeToString,
+            protos_dot_weighting_dot_v1_dot_weighting__pb2.Job.FromString,
             options,
             channel_credentials,
             insecure,
