@@ -1,17 +1,11 @@
-"""What every update log keeps to, and what the SQLite one does with damaged, foreign and contended files.
-
-`UpdateLogContract` runs once for each implementation: a subclass says how to open the log and how to name its storage
-to another process. Run as a program, this file appends to a log until it is killed.
-"""
+"""What every update log keeps to: the SQLite one and the one in Redis."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import hashlib
 import os
-import resource
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,96 +15,43 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from weighting_contract.errors import (
-    AlreadyExists,
-    FailedPrecondition,
-    Internal,
-    InvalidArgument,
-    NotFound,
-    ResourceExhausted,
-    Unavailable,
-)
-from weighting_contract.spec import FeatureSpec, HeadSpec, WeighterSpec
-from weighting_service.domain import Estimator, Inputs, JobRecord, MetaUpdate, Role, WeighterRecord
-from weighting_service.update_log import SqliteUpdateLog, UpdateLog
-from weighting_service.update_log.encoding import decode, encode
-
-UID, OTHER_UID = "a" * 32, "b" * 32
-SPEC = WeighterSpec(features=FeatureSpec(names=("loss", "größe")), head=HeadSpec(temperature=0.1 + 0.2), seed=7)
-WEIGHTER = WeighterRecord("prose", UID, SPEC, created_unix_ms=1_700_000_000_123)
-OTHER = WeighterRecord("code", OTHER_UID, WeighterSpec(features=FeatureSpec(hidden_size=3)), 5, initial="pretaught")
-JOB = JobRecord("job-1", UID, Role.LEARN, ("größe", "loss"))
-REFERENCE_JOB = JobRecord(
-    "job-2",
+from append_until_killed import open_log
+from log_samples import (
+    JOB,
+    OTHER,
+    OTHER_UID,
+    REFERENCE_JOB,
     UID,
-    Role.FROZEN,
-    reference="pretaught",
-    reference_checksum="1" * 64,
-    documents_checksum="2" * 64,
+    WEIGHTER,
+    assert_profile,
+    assert_same,
+    profile_of,
+    update_in,
+    update_of,
 )
+
+from tests.redis_server import RedisServer
+from weighting_contract.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from weighting_service import failpoints
+from weighting_service.domain import JobRecord, Role, Rollback
+from weighting_service.update_log import Heads, LogEntry, SqliteUpdateLog, Trimmed, UpdateLog
+
+APPENDER = Path(__file__).with_name("append_until_killed.py")
 
 Opener = Callable[[], UpdateLog]
-
-
-def update_of(step: int, job_id: str = "job-1", samples: int = 4) -> MetaUpdate:
-    """A different update for every (job, step), the same one each time; of every kind in turn."""
-    rng = np.random.default_rng([step, *job_id.encode()])
-    return MetaUpdate(
-        job_id=job_id,
-        update_id=str(step),
-        step=step,
-        inputs=Inputs(features=rng.standard_normal((samples, 2), np.float32)),
-        cotangent=rng.standard_normal(samples, np.float32),
-        scored_position=max(0, step - 1),
-        estimator=Estimator.SCORE_FUNCTION if step % 2 else Estimator.VJP,
-        probes=rng.random(samples) < 0.5 if step % 3 == 0 else None,
-        trust_only=step % 6 == 0,
-    )
-
-
-def arrays_of(update: MetaUpdate) -> dict[str, np.ndarray]:
-    arrays = {**update.inputs.arrays(), "cotangent": update.cotangent}
-    return arrays if update.probes is None else {**arrays, "probes": update.probes}
-
-
-def assert_same(got: MetaUpdate, expected: MetaUpdate) -> None:
-    arrays, wanted = arrays_of(got), arrays_of(expected)
-    assert arrays.keys() == wanted.keys()
-    for name, array in wanted.items():
-        assert (arrays[name].dtype, arrays[name].shape) == (array.dtype, array.shape)
-        assert arrays[name].tobytes() == array.tobytes()
-    scalars = [f.name for f in dataclasses.fields(MetaUpdate) if f.name not in ("inputs", "cotangent", "probes")]
-    assert [getattr(got, name) for name in scalars] == [getattr(expected, name) for name in scalars]
-    assert got.digest() == expected.digest()
-
-
-def profile_of(seed: int, buckets: int = 1024) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(buckets).astype(np.float16)
-
-
-def assert_profile(log: UpdateLog, job_id: str, expected: np.ndarray) -> None:
-    profile = log.profile(job_id)
-    assert profile is not None
-    assert profile.dtype == np.float16
-    np.testing.assert_array_equal(profile, expected)
-
-
-def rows(path: Path, statement: str) -> list[tuple[object, ...]]:
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        return db.execute(statement).fetchall()
 
 
 class UpdateLogContract:
     """The tests that every implementation passes; `opener` opens the same storage each time it is called."""
 
     @pytest.fixture
-    def opener(self, tmp_path: Path) -> Opener:
+    def storage(self, tmp_path: Path) -> str:
+        """Path or URL of an empty log."""
         raise NotImplementedError
 
-    def storage(self, tmp_path: Path) -> str:
-        """What `python test_update_log.py STORAGE` opens."""
-        raise NotImplementedError
+    @pytest.fixture
+    def opener(self, storage: str) -> Opener:
+        return lambda: open_log(storage)
 
     @pytest.fixture
     def log(self, opener: Opener) -> Iterator[UpdateLog]:
@@ -160,6 +101,7 @@ class UpdateLogContract:
             lambda: log.append(OTHER_UID, update_of(1)),
             lambda: log.find(OTHER_UID, update_of(1)),
             lambda: log.head(OTHER_UID),
+            lambda: log.trimmed(OTHER_UID),
             lambda: log.read(OTHER_UID, 0, 1),
             lambda: log.trim(OTHER_UID, 1),
             lambda: log.jobs(OTHER_UID),
@@ -253,9 +195,9 @@ class UpdateLogContract:
         with opener() as again:
             assert again.head(UID) == 5
             entries = again.read(UID, 0, 10)
-            assert [position for position, _ in entries] == [1, 2, 3, 4, 5]
-            for position, update in entries:
-                assert_same(update, update_of(position))
+            assert [entry.position for entry in entries] == [1, 2, 3, 4, 5]
+            for entry in entries:
+                assert_same(update_in(entry), update_of(entry.position))
 
     def test_retry_finds_the_first_position_also_after_reopening(self, log: UpdateLog, opener: Opener) -> None:
         log.append(UID, update_of(10))
@@ -276,7 +218,7 @@ class UpdateLogContract:
             with pytest.raises(AlreadyExists, match=r"update '1' of job 'job-1' .* position 1"):
                 call(UID, other)
         assert log.head(UID) == 1
-        assert_same(log.read(UID, 0, 2)[0][1], update_of(1))
+        assert_same(update_in(log.read(UID, 0, 2)[0]), update_of(1))
 
     def test_probes_and_trust_are_content_too(self, log: UpdateLog) -> None:
         update = dataclasses.replace(update_of(1), probes=np.array([True, False, True, False]))
@@ -289,7 +231,7 @@ class UpdateLogContract:
         ):
             with pytest.raises(AlreadyExists, match="position 1"):
                 log.append(UID, other)
-        assert_same(log.read(UID, 0, 1)[0][1], update)
+        assert_same(update_in(log.read(UID, 0, 1)[0]), update)
 
     def test_find_knows_what_was_not_taken(self, log: UpdateLog) -> None:
         assert log.find(UID, update_of(1)) is None
@@ -310,8 +252,8 @@ class UpdateLogContract:
         for step, job_id in enumerate(order):
             positions.append(log.append(OTHER_UID if job_id == "job-3" else UID, update_of(step, job_id)).position)
         assert positions == [1, 2, 1, 3, 4, 2]
-        assert [u.job_id for _, u in log.read(UID, 0, 10)] == ["job-1", "job-2", "job-2", "job-1"]
-        assert [u.job_id for _, u in log.read(OTHER_UID, 0, 10)] == ["job-3", "job-3"]
+        assert [update_in(entry).job_id for entry in log.read(UID, 0, 10)] == ["job-1", "job-2", "job-2", "job-1"]
+        assert [update_in(entry).job_id for entry in log.read(OTHER_UID, 0, 10)] == ["job-3", "job-3"]
         assert [log.last_taught(f"job-{n}") for n in (1, 2, 3)] == [(4, 4), (3, 3), (5, 2)]
 
     def test_same_update_id_in_two_jobs_is_two_updates(self, log: UpdateLog) -> None:
@@ -346,7 +288,7 @@ class UpdateLogContract:
             positions = list(pool.map(teach, jobs))
         assert sorted(p for one in positions for p in one) == list(range(1, 61))
         assert all(one == sorted(one) for one in positions)
-        read = dict(log.read(UID, 0, 100))
+        read = {entry.position: update_in(entry) for entry in log.read(UID, 0, 100)}
         for job_id, one in zip(jobs, positions, strict=True):
             for step, position in enumerate(one):
                 assert_same(read[position], update_of(step, job_id))
@@ -368,9 +310,9 @@ class UpdateLogContract:
     def test_read_pages_through_the_log(self, log: UpdateLog) -> None:
         for step in range(1, 8):
             log.append(UID, update_of(step))
-        assert [p for p, _ in log.read(UID, 0, 3)] == [1, 2, 3]
-        assert [p for p, _ in log.read(UID, 3, 3)] == [4, 5, 6]
-        assert [p for p, _ in log.read(UID, 6, 3)] == [7]
+        assert [entry.position for entry in log.read(UID, 0, 3)] == [1, 2, 3]
+        assert [entry.position for entry in log.read(UID, 3, 3)] == [4, 5, 6]
+        assert [entry.position for entry in log.read(UID, 6, 3)] == [7]
         assert log.read(UID, 7, 3) == []
 
     def test_read_refuses_what_it_cannot_give(self, log: UpdateLog) -> None:
@@ -390,8 +332,8 @@ class UpdateLogContract:
         log.close()
         with opener() as again:
             assert again.head(UID) == 6
-            assert [p for p, _ in again.read(UID, 4, 10)] == [5, 6]
-            with pytest.raises(FailedPrecondition, match="1 to 4 of weighter 'prose' are trimmed"):
+            assert [entry.position for entry in again.read(UID, 4, 10)] == [5, 6]
+            with pytest.raises(Trimmed, match="1 to 4 of weighter 'prose' are trimmed"):
                 again.read(UID, 3, 10)
             appended = again.append(UID, update_of(2))
             assert (appended.position, appended.duplicate) == (2, True)
@@ -405,7 +347,7 @@ class UpdateLogContract:
         log.trim(UID, 100)
         assert (log.head(UID), log.read(UID, 3, 10), log.last_taught("job-1")) == (3, [], (3, 3))
         assert log.append(UID, update_of(4)).position == 4
-        assert [p for p, _ in log.read(UID, 3, 10)] == [4]
+        assert [entry.position for entry in log.read(UID, 3, 10)] == [4]
 
     def test_appends_and_retries_go_on_while_a_long_trim_runs(self, log: UpdateLog) -> None:
         for step in range(1, 201):
@@ -414,8 +356,8 @@ class UpdateLogContract:
             trimming = pool.submit(log.trim, UID, 190)
             assert [log.append(UID, update_of(step)).position for step in range(191, 221)] == list(range(191, 221))
             trimming.result(timeout=30)
-        assert [p for p, _ in log.read(UID, 190, 100)] == list(range(191, 221))
-        with pytest.raises(FailedPrecondition, match="1 to 190"):
+        assert [entry.position for entry in log.read(UID, 190, 100)] == list(range(191, 221))
+        with pytest.raises(Trimmed, match="1 to 190"):
             log.read(UID, 189, 1)
 
     def test_size_grows_with_entries(self, log: UpdateLog) -> None:
@@ -423,6 +365,243 @@ class UpdateLogContract:
         for step in range(5):
             log.append(UID, update_of(step, samples=5000))
         assert log.size_bytes() >= before + 5 * 5000 * 3 * 4
+
+    # ---- rollbacks
+
+    def test_rollback_is_an_entry_like_others(self, log: UpdateLog, opener: Opener) -> None:
+        for step in range(1, 4):
+            log.append(UID, update_of(step))
+        rollback = Rollback(to_position=2, state=bytes(range(256)) * 500)
+        assert log.append_rollback(UID, rollback, expected_head=3) == 4
+        assert log.append_rollback(UID, Rollback(0, b""), expected_head=None) == 5
+        assert log.append(UID, update_of(4)).position == 6
+        log.close()
+        with opener() as again:
+            assert [entry.content for entry in again.read(UID, 3, 2)] == [rollback, Rollback(0, b"")]
+            assert_same(update_in(again.read(UID, 5, 1)[0]), update_of(4))
+            assert again.last_taught("job-1") == (4, 6)
+            again.trim(UID, 5)
+            assert again.append(UID, update_of(2)).position == 2
+
+    def test_rollback_of_a_log_that_went_on_is_refused(self, log: UpdateLog) -> None:
+        log.append(UID, update_of(1))
+        with pytest.raises(FailedPrecondition, match="'prose' ends at position 1, not at the expected 0"):
+            log.append_rollback(UID, Rollback(0, b"state"), expected_head=0)
+        assert log.head(UID) == 1
+        with pytest.raises(NotFound, match=OTHER_UID):
+            log.append_rollback(OTHER_UID, Rollback(0, b"state"), expected_head=None)
+
+    # ---- chains
+
+    def test_equal_histories_have_equal_chains_and_others_differ_from_there_on(self, log: UpdateLog) -> None:
+        log.create_weighter(OTHER)
+        log.put_job(JobRecord("job-2", OTHER_UID, Role.LEARN))
+        for step in range(1, 6):
+            log.append(UID, update_of(step))
+            log.append(OTHER_UID, dataclasses.replace(update_of(step if step != 3 else 99), job_id="job-2"))
+        ours, others = ([entry.chain for entry in log.read(uid, 0, 10)] for uid in (UID, OTHER_UID))
+        digests = [update_of(step).digest().hex() for step in range(1, 6)]
+        expected = ""
+        for chain, digest in zip(ours, digests, strict=True):
+            expected = hashlib.sha1((expected + digest).encode()).hexdigest()
+            assert chain == expected
+        assert len({*ours, *others}) == 10  # the job's id is part of an update
+
+    def test_read_goes_on_only_from_its_own_history(self, log: UpdateLog, opener: Opener) -> None:
+        for step in range(1, 6):
+            log.append(UID, update_of(step))
+        log.append_rollback(UID, Rollback(1, b"state"), expected_head=5)
+        chains = ["", *(entry.chain for entry in log.read(UID, 0, 10))]
+        log.trim(UID, 2)
+        log.close()
+        with opener() as again:
+            for after in range(2, 7):  # trimmed point, entries, head
+                found = again.read(UID, after, 10, chain=chains[after])
+                assert [entry.chain for entry in found] == chains[after + 1 :]
+                with pytest.raises(FailedPrecondition, match=f"another history up to position {after}") as caught:
+                    again.read(UID, after, 10, chain=chains[after - 1])
+                assert not isinstance(caught.value, Trimmed)
+            with pytest.raises(Trimmed):
+                again.read(UID, 1, 10, chain=chains[1])
+            again.trim(UID, 6)
+            assert again.read(UID, 6, 10, chain=chains[6]) == []
+            appended = again.append(UID, update_of(6))
+            assert [entry.position for entry in again.read(UID, 6, 10, chain=chains[6])] == [appended.position]
+
+    # ---- records that change, and heads
+
+    def test_heads_tell_all_positions_and_whether_records_changed(self, log: UpdateLog) -> None:
+        first = log.heads()
+        assert first.positions == {UID: 0}
+        log.append(UID, update_of(1))
+        log.append_rollback(UID, Rollback(0, b""), expected_head=1)
+        log.trim(UID, 1)
+        log.touch_jobs({"job-1": 5})
+        log.vouch(UID, 1, "here", "checksum")
+        assert log.heads() == Heads(first.version, {UID: 2})
+        versions = [first.version]
+        for change in (
+            lambda: log.create_weighter(OTHER),
+            lambda: log.put_weighter(dataclasses.replace(OTHER, shared_with=("a",))),
+            lambda: log.put_job(JobRecord("job-2", OTHER_UID, Role.LEARN)),
+            lambda: log.put_job(dataclasses.replace(JOB, open=False)),
+        ):
+            change()
+            versions.append(log.heads().version)
+        assert log.heads().positions == {UID: 2, OTHER_UID: 0}
+        log.delete_weighter(OTHER_UID)
+        versions.append(log.heads().version)
+        assert versions == sorted(set(versions))
+        assert log.heads().positions == {UID: 2}
+
+    def test_whom_a_weighter_is_shared_with_is_kept_and_replaced(self, log: UpdateLog, opener: Opener) -> None:
+        shared = dataclasses.replace(WEIGHTER, shared_with=("team-b", "größe"))
+        other = dataclasses.replace(OTHER, shared_with=("*",))
+        log.create_weighter(other)
+        log.put_weighter(dataclasses.replace(shared, shared_with=("gone",)))
+        log.put_weighter(shared)
+        log.close()
+        with opener() as again:
+            assert again.weighters() == [shared, other]
+            again.put_weighter(dataclasses.replace(other, shared_with=()))
+            assert again.weighters() == [shared, OTHER]
+            with pytest.raises(NotFound, match="c" * 32):
+                again.put_weighter(dataclasses.replace(OTHER, uid="c" * 32))
+
+    def test_quarantine_of_a_job_is_kept_and_lifted(self, log: UpdateLog, opener: Opener) -> None:
+        quarantined = dataclasses.replace(JOB, quarantined="größter Unsinn seit Schritt 7")
+        log.put_job(quarantined)
+        log.close()
+        with opener() as again:
+            assert again.job("job-1") == quarantined
+            again.put_job(JOB)
+            assert again.jobs(UID) == [JOB]
+
+    def test_jobs_were_last_heard_of_when_anyone_said_so(self, log: UpdateLog, opener: Opener) -> None:
+        log.put_job(REFERENCE_JOB)
+        log.touch_jobs({"job-1": 1_700_000_000_456, "job-9": 3})
+        log.touch_jobs({"job-1": 1_700_000_000_123})  # never back
+        log.put_job(dataclasses.replace(JOB, open=False))  # the record's change leaves it
+        log.close()
+        with opener() as again:
+            assert again.jobs_seen(["job-1", "job-2", "job-9"]) == {"job-1": 1_700_000_000_456}
+            again.touch_jobs({"job-1": 1_700_000_000_789, "job-2": 4})
+            again.touch_jobs({})
+            assert again.jobs_seen(["job-2", "job-1"]) == {"job-1": 1_700_000_000_789, "job-2": 4}
+            assert again.jobs_seen([]) == {}
+            again.delete_weighter(UID)
+            assert again.jobs_seen(["job-1"]) == {}
+
+    def test_first_vouched_checksum_holds(self, log: UpdateLog, opener: Opener) -> None:
+        log.create_weighter(OTHER)
+        assert log.vouch(UID, 200, "cpu", "1" * 64) == "1" * 64
+        log.close()
+        with opener() as again:
+            assert again.vouch(UID, 200, "cpu", "2" * 64) == "1" * 64
+            assert again.vouch(UID, 200, "cpu", "1" * 64) == "1" * 64
+            assert again.vouch(UID, 200, "cuda", "2" * 64) == "2" * 64
+            assert again.vouch(UID, 400, "cpu", "3" * 64) == "3" * 64
+            assert again.vouch(OTHER_UID, 200, "cpu", "4" * 64) == "4" * 64
+            with pytest.raises(NotFound, match="c" * 32):
+                again.vouch("c" * 32, 200, "cpu", "1" * 64)
+
+    def test_trimmed_position_is_told(self, log: UpdateLog, opener: Opener) -> None:
+        assert log.trimmed(UID) == 0
+        for step in range(1, 101):
+            log.append(UID, update_of(step))
+        log.trim(UID, 70)
+        assert log.trimmed(UID) == 70
+        log.close()
+        with opener() as again:
+            assert again.trimmed(UID) == 70
+            again.trim(UID, 1000)
+            assert again.trimmed(UID) == 100
+
+    # ---- copies
+
+    def test_weighter_of_another_log_comes_whole_and_goes_on(self, log: UpdateLog, tmp_path: Path) -> None:
+        moved = dataclasses.replace(OTHER, shared_with=("team-b",))
+        other_job = dataclasses.replace(REFERENCE_JOB, weighter_uid=OTHER_UID, quarantined="größter Unsinn")
+        with SqliteUpdateLog(tmp_path / "source.sqlite") as source, SqliteUpdateLog(tmp_path / "back.sqlite") as back:
+            source.create_weighter(moved)
+            source.put_job(other_job, profile_of(1))
+            source.put_job(JobRecord("job-3", OTHER_UID, Role.LEARN))
+            for step in range(1, 8):
+                source.append(OTHER_UID, update_of(step, "job-3"))
+            source.append_rollback(OTHER_UID, Rollback(3, b"state" * 1000), expected_head=7)
+            source.append(OTHER_UID, update_of(5, "job-2"))
+            source.trim(OTHER_UID, 4)
+            source.touch_jobs({"job-3": 1_700_000_000_123})
+            for position, environment in ((200, "a b"), (4, "cpu"), (200, "cuda")):
+                source.vouch(OTHER_UID, position, environment, environment * 3)
+            exported = source.export(OTHER_UID)
+            assert (exported.record, exported.head, exported.trimmed, len(exported.vouched)) == (moved, 9, 4, 3)
+
+            version = log.heads().version
+            log.import_(exported, source.read(OTHER_UID, 4, 100), source.taken(OTHER_UID))
+            assert log.export(OTHER_UID) == exported
+            assert log.heads().version > version
+            back.import_(exported, log.read(OTHER_UID, 4, 100), log.taken(OTHER_UID))
+            assert back.export(OTHER_UID) == exported
+
+            for each in (log, back):
+                assert_same(update_in(each.read(OTHER_UID, 4, 1, exported.trimmed_chain)[0]), update_of(5, "job-3"))
+                assert each.jobs(OTHER_UID) == [other_job, JobRecord("job-3", OTHER_UID, Role.LEARN)]
+                assert_profile(each, "job-2", profile_of(1))
+                assert each.jobs_seen(["job-2", "job-3"]) == {"job-3": 1_700_000_000_123}
+                assert each.last_taught("job-3") == (7, 7)
+                assert each.append(OTHER_UID, update_of(2, "job-3")).position == 2
+                with pytest.raises(AlreadyExists, match="position 9"):
+                    each.append(OTHER_UID, dataclasses.replace(update_of(5, "job-2"), step=6))
+                assert each.append(OTHER_UID, update_of(9, "job-3")).position == 10
+            assert log.weighters() == [WEIGHTER, moved]
+            assert log.export(OTHER_UID) == back.export(OTHER_UID) != exported
+
+    def test_copy_of_what_is_there_is_refused_and_changes_nothing(self, log: UpdateLog, tmp_path: Path) -> None:
+        log.append(UID, update_of(1))
+        before = log.export(UID)
+        with SqliteUpdateLog(tmp_path / "source.sqlite") as source:
+            source.create_weighter(OTHER)
+            source.put_job(JobRecord("job-2", OTHER_UID, Role.LEARN))
+            source.append(OTHER_UID, update_of(1, "job-2"))
+            copy, entries = source.export(OTHER_UID), source.read(OTHER_UID, 0, 10)
+        job = copy.jobs[0]
+        for wrong, match in (
+            (dataclasses.replace(copy, record=dataclasses.replace(OTHER, name="prose")), "name 'prose'"),
+            (dataclasses.replace(copy, record=dataclasses.replace(OTHER, uid=UID)), f"uid '{UID}'"),
+            (
+                dataclasses.replace(
+                    copy, jobs=(dataclasses.replace(job, record=dataclasses.replace(job.record, job_id="job-1")),)
+                ),
+                "job 'job-1' belongs to another",
+            ),
+        ):
+            with pytest.raises(AlreadyExists, match=match):
+                log.import_(wrong, entries, [])
+            assert log.weighters() == [WEIGHTER]
+            assert log.export(UID) == before
+        with pytest.raises(NotFound, match=OTHER_UID):
+            log.export(OTHER_UID)
+
+    def test_copy_that_breaks_off_is_not_there_and_can_be_repeated(self, log: UpdateLog, tmp_path: Path) -> None:
+        with SqliteUpdateLog(tmp_path / "source.sqlite") as source:
+            source.create_weighter(OTHER)
+            source.put_job(JobRecord("job-2", OTHER_UID, Role.LEARN))
+            for step in range(1, 4):
+                source.append(OTHER_UID, update_of(step, "job-2"))
+            copy, entries, taken = source.export(OTHER_UID), source.read(OTHER_UID, 0, 10), [*source.taken(OTHER_UID)]
+
+        def broken() -> Iterator[LogEntry]:
+            yield from entries[:2]
+            raise Unavailable("the source is gone")
+
+        with pytest.raises(Unavailable, match="the source is gone"):
+            log.import_(copy, broken(), taken)
+        assert log.weighters() == [WEIGHTER]
+        assert log.job("job-2") is None
+        log.import_(copy, entries, taken)
+        assert log.export(OTHER_UID) == copy
+        assert sorted(each.position for each in log.taken(OTHER_UID)) == [1, 2, 3]
 
     # ---- ends
 
@@ -436,9 +615,9 @@ class UpdateLogContract:
 
     @pytest.mark.parametrize("acknowledged", [1, 40])
     def test_killed_process_loses_nothing_that_it_acknowledged(
-        self, acknowledged: int, opener: Opener, tmp_path: Path
+        self, acknowledged: int, opener: Opener, storage: str
     ) -> None:
-        command = [sys.executable, __file__, self.storage(tmp_path)]
+        command = [sys.executable, str(APPENDER), storage]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             told = [process.stdout.readline() for _ in range(acknowledged)]
@@ -450,243 +629,53 @@ class UpdateLogContract:
             head = log.head(UID)
             assert head in (len(told), len(told) + 1)  # one more may have been recorded, but not told
             entries = log.read(UID, 0, head)
-            assert [position for position, _ in entries] == list(range(1, head + 1))
-            for position, update in entries:
-                assert_same(update, update_of(position))
+            assert [entry.position for entry in entries] == list(range(1, head + 1))
+            for entry in entries:
+                assert_same(update_in(entry), update_of(entry.position))
             for step in range(1, head + 2):  # what the client would do: send again all that it is not sure of
                 appended = log.append(UID, update_of(step))
                 assert (appended.position, appended.duplicate) == (step, step <= head)
 
+    @pytest.mark.parametrize(
+        ("failpoint", "told", "recorded"), [("before_append=kill@3", 2, 2), ("after_append=kill@3", 2, 3)]
+    )
+    def test_failpoints_are_where_they_say(
+        self, failpoint: str, told: int, recorded: int, opener: Opener, storage: str
+    ) -> None:
+        process = subprocess.run(
+            [sys.executable, str(APPENDER), storage],
+            env={**os.environ, failpoints.VARIABLE: failpoint},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert process.returncode == -signal.SIGKILL
+        assert process.stdout.split() == [str(position) for position in range(1, told + 1)]
+        with opener() as log:
+            assert log.head(UID) == recorded
+
+    def test_full_disk_at_a_failpoint_is_a_full_log(self, opener: Opener, storage: str) -> None:
+        process = subprocess.run(
+            [sys.executable, str(APPENDER), storage],
+            env={**os.environ, failpoints.VARIABLE: "before_append=full@2"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "ResourceExhausted" in process.stderr
+        with opener() as log:
+            assert log.head(UID) == 1
+
 
 class TestSqliteUpdateLog(UpdateLogContract):
     @pytest.fixture
-    def opener(self, tmp_path: Path) -> Opener:
-        return lambda: SqliteUpdateLog(self.storage(tmp_path))
-
     def storage(self, tmp_path: Path) -> str:
         return str(tmp_path / "state" / "log.sqlite")  # in a folder that is not there yet
 
 
-class TestSqliteFile:
-    """What is particular to the file: who may use it, and what happens where it is damaged or full."""
-
+class TestRedisUpdateLog(UpdateLogContract):
     @pytest.fixture
-    def path(self, tmp_path: Path) -> Path:
-        path = tmp_path / "log.sqlite"
-        with SqliteUpdateLog(path) as log:
-            log.create_weighter(WEIGHTER)
-            log.put_job(JOB)
-            for step in range(1, 21):
-                log.append(UID, update_of(step, samples=500))
-        return path
-
-    def test_second_opener_is_refused_until_the_first_closes(self, path: Path, tmp_path: Path) -> None:
-        link = tmp_path / "link.sqlite"
-        link.symlink_to(path)
-        with SqliteUpdateLog(path):
-            with pytest.raises(FailedPrecondition, match=rf"log.sqlite is in use .*process {os.getpid()}"):
-                SqliteUpdateLog(path)
-            with pytest.raises(FailedPrecondition, match="is in use"):
-                SqliteUpdateLog(link)
-            second = subprocess.run(
-                [sys.executable, __file__, str(path)], capture_output=True, text=True, timeout=60, check=False
-            )
-            assert f"is in use by another service (process {os.getpid()})" in second.stderr
-        with SqliteUpdateLog(link) as log:
-            assert log.head(UID) == 20
-
-    @pytest.mark.parametrize("content", [b"not a database, but someone's notes\n" * 100, b"SQLite format 3\0" * 300])
-    def test_other_file_is_refused_and_untouched(self, content: bytes, tmp_path: Path) -> None:
-        path = tmp_path / "notes.txt"
-        path.write_bytes(content)
-        for _ in range(2):  # the first refusal holds no lock
-            with pytest.raises(FailedPrecondition, match=r"notes\.txt is damaged or not an update log"):
-                SqliteUpdateLog(path)
-        assert path.read_bytes() == content
-
-    @pytest.mark.parametrize("version", [0, 3])
-    def test_database_of_another_program_is_refused_and_untouched(self, version: int, tmp_path: Path) -> None:
-        path = tmp_path / "other.sqlite"
-        other = sqlite3.connect(path, isolation_level=None)
-        other.execute("CREATE TABLE songs (title TEXT)")
-        other.execute(f"PRAGMA user_version = {version}")
-        other.close()
-        content = path.read_bytes()
-        with pytest.raises(FailedPrecondition, match=r"other\.sqlite is a database of another program"):
-            SqliteUpdateLog(path)
-        assert path.read_bytes() == content
-
-    def test_newer_version_is_refused_and_untouched(self, path: Path) -> None:
-        newer = sqlite3.connect(path, isolation_level=None)
-        newer.execute("PRAGMA user_version = 99")
-        newer.close()
-        content = path.read_bytes()
-        with pytest.raises(FailedPrecondition, match="newer version of the service: its schema is version 99"):
-            SqliteUpdateLog(path)
-        assert path.read_bytes() == content
-
-    def test_truncated_file_is_refused_and_untouched(self, path: Path) -> None:
-        content = path.read_bytes()[:5000]
-        path.write_bytes(content)
-        with pytest.raises(FailedPrecondition, match=r"log\.sqlite is damaged"):
-            SqliteUpdateLog(path)
-        assert path.read_bytes() == content
-
-    def test_empty_file_is_a_new_log(self, tmp_path: Path) -> None:
-        path = tmp_path / "log.sqlite"
-        path.touch()  # what a crash right after the creation leaves
-        with SqliteUpdateLog(path) as log:
-            log.create_weighter(WEIGHTER)
-            assert log.head(UID) == 0
-
-    def test_folder_in_place_of_the_file_is_a_sentence(self, tmp_path: Path) -> None:
-        with pytest.raises(Unavailable, match=r"update log .* could not be read or written"):
-            SqliteUpdateLog(tmp_path)
-
-    def test_flipped_bit_in_an_entry_is_found(self, path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        at = content.find(update_of(7, samples=500).cotangent[:8].tobytes())
-        assert at > 0
-        content[at] ^= 1
-        path.write_bytes(content)
-        with SqliteUpdateLog(path) as log:
-            assert len(log.read(UID, 0, 6)) == 6
-            with pytest.raises(Internal, match=rf"entry 7 of weighter 'prose' \({UID}\).*log\.sqlite is damaged"):
-                log.read(UID, 0, 20)
-            assert len(log.read(UID, 7, 20)) == 13
-
-    def test_lost_and_swapped_entries_are_found(self, path: Path) -> None:
-        other = sqlite3.connect(path, isolation_level=None)
-        other.execute("DELETE FROM entries WHERE position IN (9, 20)")
-        payload, crc = other.execute("SELECT payload, crc32 FROM entries WHERE position = 3").fetchone()
-        other.execute("UPDATE entries SET payload = ?, crc32 = ? WHERE position = 4", (payload, crc))
-        other.close()
-        with SqliteUpdateLog(path) as log:
-            with pytest.raises(Internal, match="entry 4 of weighter 'prose'"):
-                log.read(UID, 3, 1)
-            with pytest.raises(Internal, match=r"entry 9 of weighter 'prose' .* is missing"):
-                log.read(UID, 4, 10)
-            with pytest.raises(Internal, match=r"entry 20 of weighter 'prose' .* is missing"):
-                log.read(UID, 19, 10)
-
-    def test_failed_write_records_nothing_and_can_be_tried_again(self, path: Path) -> None:
-        with SqliteUpdateLog(path) as log:
-            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, limits[1]))  # of any file that this process writes
-            try:
-                with pytest.raises(Unavailable, match=r"log\.sqlite .*nothing was recorded"):
-                    log.append(UID, update_of(21, samples=50_000))
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            assert log.head(UID) == 20
-            assert log.find(UID, update_of(21, samples=50_000)) is None
-            appended = log.append(UID, update_of(21, samples=50_000))
-            assert (appended.position, appended.duplicate) == (21, False)
-            assert_same(log.read(UID, 20, 1)[0][1], update_of(21, samples=50_000))
-
-    def test_full_disk_says_so_and_records_nothing(self, path: Path) -> None:
-        with SqliteUpdateLog(path) as log:
-            db = log._db  # the one way to a full disk that needs no root
-            assert db is not None
-            db.execute("PRAGMA max_page_count = 1")  # as small as the file is
-            with pytest.raises(ResourceExhausted, match=r"disk of the update log .*log\.sqlite is full") as caught:
-                log.append(UID, update_of(21, samples=5000))
-            assert caught.value.retry_after_s > 0
-            assert log.head(UID) == 20
-            db.execute("PRAGMA max_page_count = 1000000")
-            assert log.append(UID, update_of(21, samples=5000)).position == 21
-
-    def test_damaged_profile_is_found_and_its_job_still_listed(self, path: Path) -> None:
-        with SqliteUpdateLog(path) as log:
-            log.put_job(REFERENCE_JOB, profile_of(1))
-        content = bytearray(path.read_bytes())
-        at = content.find(profile_of(1)[:8].tobytes())
-        assert at > 0
-        content[at] ^= 1
-        path.write_bytes(content)
-        with SqliteUpdateLog(path) as log:
-            assert log.jobs(UID) == [JOB, REFERENCE_JOB]
-            with pytest.raises(Internal, match=r"profile of job 'job-2' in .*log\.sqlite is damaged"):
-                log.profile("job-2")
-            log.put_job(REFERENCE_JOB, profile_of(1))
-            assert_profile(log, "job-2", profile_of(1))
-
-    def test_deleted_weighter_frees_the_space_of_its_profiles(self, path: Path) -> None:
-        with SqliteUpdateLog(path) as log:
-            log.put_job(REFERENCE_JOB, profile_of(1))
-            log.delete_weighter(UID)
-        assert rows(path, "SELECT count(*) FROM profiles") == [(0,)]
-
-    def test_commits_are_synced(self, path: Path) -> None:
-        """No test can cut the power; this one guards the two settings that the durability of an append rests on."""
-        with SqliteUpdateLog(path) as log:
-            assert log._db is not None
-            assert log._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-            assert log._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
-
-    def test_trimmed_space_is_used_again(self, path: Path) -> None:
-        with SqliteUpdateLog(path) as log:
-            for step in range(21, 41):
-                log.append(UID, update_of(step, samples=5000))
-                log.trim(UID, step - 1)
-        after_twenty = path.stat().st_size
-        with SqliteUpdateLog(path) as log:
-            for step in range(41, 141):
-                log.append(UID, update_of(step, samples=5000))
-                log.trim(UID, step - 1)
-        assert path.stat().st_size <= after_twenty + 32 * 1024  # update ids stay; 100 entries would be 6 MB
-
-
-class TestEncoding:
-    @pytest.mark.parametrize("probes", [[True] * 4, [False] * 4, [True, False, False, True]])
-    def test_probes_round_trip_as_they_are(self, probes: list[bool]) -> None:
-        update = dataclasses.replace(update_of(1), probes=np.array(probes), trust_only=True)
-        got = decode(encode(update))
-        assert_same(got, update)
-        assert got.drawn_evenly.tolist() == probes
-
-    @pytest.mark.parametrize("estimator", list(Estimator))
-    def test_all_inputs_round_trip_bit_for_bit(self, estimator: Estimator) -> None:
-        special = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 3.4e38, 1 / 3], np.float32)
-        update = MetaUpdate(
-            job_id="jöb/1",
-            update_id="schritt-七",
-            step=2**62,
-            inputs=Inputs(
-                features=np.stack([special, special[::-1]], axis=1),
-                hidden=np.arange(48, dtype=np.float32).reshape(6, 8).T,  # not in C order
-                tokens=np.arange(24, dtype=np.int64).reshape(8, 3) - 2**40,
-                lengths=np.array([3, 1, 2, 3, 3, 3, 1, 0], np.int64),
-            ),
-            cotangent=special[::-1],  # negative stride
-            scored_position=2**40,
-            estimator=estimator,
-        )
-        assert_same(decode(encode(update)), update)
-
-    def test_absent_inputs_stay_absent_and_empty_ones_empty(self) -> None:
-        update = dataclasses.replace(
-            update_of(1), inputs=Inputs(hidden=np.zeros((0, 3), np.float32)), cotangent=np.zeros(0, np.float32)
-        )
-        assert_same(decode(encode(update)), update)
-
-    def test_bytes_that_are_no_update_are_refused(self) -> None:
-        with pytest.raises(InvalidArgument, match="not a meta-update"):
-            decode(b"\xff" * 20)
-        with pytest.raises(InvalidArgument, match="estimator is 0"):
-            decode(b"")
-
-
-def append_until_killed(storage: str) -> None:
-    """Appends `update_of` 1, 2, 3, ... and prints each position once the log has answered."""
-    with SqliteUpdateLog(storage) as log:
-        log.create_weighter(WEIGHTER)
-        log.put_job(JOB)
-        step = 1
-        while True:
-            print(log.append(UID, update_of(step)).position, flush=True)
-            step += 1
-
-
-if __name__ == "__main__":
-    append_until_killed(sys.argv[1])
+    def storage(self, redis_server: RedisServer) -> str:
+        return redis_server.new_log_url()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_update_log import (
+from log_samples import (
     JOB,
     OTHER_UID,
     REFERENCE_JOB,
@@ -20,13 +20,14 @@ from test_update_log import (
     assert_same,
     profile_of,
     rows,
+    update_in,
     update_of,
 )
 
 from weighting_contract.errors import FailedPrecondition, Unavailable
 from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
 from weighting_service.domain import Estimator, Inputs, JobRecord, MetaUpdate, Role, WeighterRecord
-from weighting_service.update_log import SqliteUpdateLog
+from weighting_service.update_log import Heads, SqliteUpdateLog, Trimmed
 from weighting_service.update_log.encoding import decode, encode
 
 V1_SCHEMA = (
@@ -110,14 +111,17 @@ def test_everything_is_there_and_new_things_are_kept(path: Path) -> None:
             assert log.jobs(OTHER_UID) == [JobRecord("job-2", OTHER_UID, Role.FROZEN, open=False)]
             assert log.profile("job-1") is None
             assert (log.head(UID), log.last_taught("job-1"), log.last_taught("job-2")) == (2, (7, 2), (-1, 0))
-            ((position, update),) = log.read(UID, 1, 10)
-            assert position == 2
-            assert_same(update, V1_UPDATE)
+            (entry,) = log.read(UID, 1, 10, chain="anything: entries had no chain then")
+            assert (entry.position, entry.chain) == (2, "")
+            assert_same(update_in(entry), V1_UPDATE)
+            assert log.read(UID, 2, 10, chain="anything") == []
+            assert log.heads() == Heads(0, {UID: 2, OTHER_UID: 0})
+            assert log.jobs_seen(["job-1", "job-2"]) == {}
             appended = log.append(UID, V1_UPDATE)
             assert (appended.position, appended.duplicate) == (2, True)
-            with pytest.raises(FailedPrecondition, match="1 to 1 of weighter 'prose' are trimmed"):
+            with pytest.raises(Trimmed, match="1 to 1 of weighter 'prose' are trimmed"):
                 log.read(UID, 0, 10)
-    assert rows(path, "PRAGMA user_version") == [(2,)]
+    assert rows(path, "PRAGMA user_version") == [(3,)]
 
     referring = dataclasses.replace(REFERENCE_JOB, job_id="job-1", role=Role.LEARN)
     with SqliteUpdateLog(path) as log:
@@ -127,7 +131,11 @@ def test_everything_is_there_and_new_things_are_kept(path: Path) -> None:
         assert log.job("job-1") == referring
         assert log.last_taught("job-1") == (12, 3)
         assert_profile(log, "job-1", profile_of(1))
-        assert_same(log.read(UID, 2, 1)[0][1], update_of(12))
+        (entry,) = log.read(UID, 2, 1)
+        assert_same(update_in(entry), update_of(12))
+        assert log.read(UID, 3, 1, chain=entry.chain) == []
+        with pytest.raises(FailedPrecondition, match="another history up to position 3"):
+            log.read(UID, 3, 1, chain="0" * 40)
 
 
 def test_an_upgraded_file_is_like_a_new_one(path: Path, tmp_path: Path) -> None:
@@ -138,9 +146,9 @@ def test_an_upgraded_file_is_like_a_new_one(path: Path, tmp_path: Path) -> None:
 
 def test_an_upgrade_that_fails_changes_nothing(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("CREATE TABLE profiles (anything TEXT)")  # the last table that the upgrade makes
+        db.execute("CREATE TABLE vouched (anything TEXT)")  # one of the last that the upgrade makes
     before = columns(path)
-    with pytest.raises(Unavailable, match=r"log\.sqlite .*profiles already exists.*nothing was recorded"):
+    with pytest.raises(Unavailable, match=r"log\.sqlite .*vouched already exists.*nothing was recorded"):
         SqliteUpdateLog(path)
     assert columns(path) == before
     assert rows(path, "PRAGMA user_version") == [(1,)]

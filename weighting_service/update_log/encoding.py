@@ -1,10 +1,13 @@
-"""Meta-updates as bytes, in the contract's own message: an entry reads back with the same arrays, bit for bit.
+"""Entries as bytes, meta-updates in the contract's own message: one reads back with the same arrays, bit for bit.
 
 Must not know where the bytes are kept.
 """
 
 from __future__ import annotations
 
+import hashlib
+import struct
+from enum import StrEnum
 from typing import Literal
 
 import numpy as np
@@ -13,13 +16,56 @@ from google.protobuf.message import DecodeError
 from protos.weighting.v1 import weighting_pb2 as pb
 from weighting_contract import tensors
 from weighting_contract.errors import InvalidArgument
-from weighting_service.domain import Estimator, Inputs, MetaUpdate
+from weighting_service.domain import Entry, Estimator, Inputs, MetaUpdate, Rollback
 
 _TO_MESSAGE = {
     Estimator.VJP: pb.ESTIMATOR_VJP,
     Estimator.SCORE_FUNCTION: pb.ESTIMATOR_SCORE_FUNCTION,
 }
 _FROM_MESSAGE = {message: estimator for estimator, message in _TO_MESSAGE.items()}
+_TO_POSITION = struct.Struct("<q")  # what a rollback's payload begins with; its state follows
+
+
+class Kind(StrEnum):
+    """What an entry is, as logs keep it beside the payload."""
+
+    UPDATE = "update"
+    ROLLBACK = "rollback"
+
+
+def kind_of(entry: Entry) -> Kind:
+    return Kind.ROLLBACK if isinstance(entry, Rollback) else Kind.UPDATE
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """The payload of an entry; `decode_entry` needs its kind too. Raises as `encode`."""
+    if isinstance(entry, Rollback):
+        return _TO_POSITION.pack(entry.to_position) + entry.state
+    return encode(entry)
+
+
+def decode_entry(kind: str, payload: bytes) -> Entry:
+    """The entry that `encode_entry` made `payload` from. Raises InvalidArgument where it is not one of that kind."""
+    if kind == Kind.UPDATE:
+        return decode(payload)
+    if kind != Kind.ROLLBACK:
+        raise InvalidArgument(f"the entry's kind is {kind!r}, expected one of {[str(each) for each in Kind]}")
+    if len(payload) < _TO_POSITION.size:
+        raise InvalidArgument(f"a rollback's payload has {len(payload)} bytes, expected {_TO_POSITION.size} or more")
+    (to_position,) = _TO_POSITION.unpack_from(payload)
+    return Rollback(to_position, payload[_TO_POSITION.size :])
+
+
+def digest_of(entry: Entry) -> bytes:
+    """SHA-256 of what the entry does to a weighter."""
+    if isinstance(entry, MetaUpdate):
+        return entry.digest()
+    return hashlib.sha256(b"rollback;" + encode_entry(entry)).digest()
+
+
+def next_chain(chain: str, digest: bytes) -> str:
+    """The chain after an entry of that digest, as Redis can compute it too; `chain` is "" before the first."""
+    return hashlib.sha1((chain + digest.hex()).encode(), usedforsecurity=False).hexdigest()
 
 
 def encode(update: MetaUpdate) -> bytes:
@@ -73,3 +119,17 @@ def decode(payload: bytes) -> MetaUpdate:
 
 def _array(inputs: pb.Inputs, name: Literal["features", "hidden", "tokens", "lengths"]) -> np.ndarray | None:
     return tensors.from_message(getattr(inputs, name), f"inputs.{name}") if inputs.HasField(name) else None
+
+
+def profile_bytes(profile: np.ndarray) -> bytes:
+    """[buckets] float16 as little-endian bytes. Raises InvalidArgument for an array of another form."""
+    if profile.ndim != 1 or profile.dtype != np.float16:
+        raise InvalidArgument(
+            f"a profile must be [buckets] float16, got {profile.dtype.name} of shape {list(profile.shape)}"
+        )
+    return profile.astype("<f2").tobytes()
+
+
+def profile_array(table: bytes) -> np.ndarray:
+    """[buckets] float16, read-only: what `profile_bytes` made `table` from."""
+    return np.frombuffer(table, "<f2")

@@ -1,6 +1,6 @@
 """An update log in one SQLite file: embedded, for one service process at a time.
 
-Must not know the model, nor the file's schema version and lock (sqlite_file.py).
+Must not know the model, nor the file's schema version and lock (sqlite_file.py) and its rows (sqlite_rows.py).
 """
 
 from __future__ import annotations
@@ -11,32 +11,30 @@ import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from weighting_contract.errors import (
-    AlreadyExists,
-    FailedPrecondition,
-    Internal,
-    InvalidArgument,
-    NotFound,
-    Unavailable,
+from weighting_contract.errors import Internal, InvalidArgument, Unavailable
+from weighting_service import failpoints
+from weighting_service.domain import Entry, JobRecord, MetaUpdate, Rollback, WeighterRecord
+from weighting_service.update_log import refusals, sqlite_copies
+from weighting_service.update_log import sqlite_rows as rows
+from weighting_service.update_log.base import Appended, Heads, LogEntry, UpdateLog
+from weighting_service.update_log.copies import TakenUpdate, WeighterCopy
+from weighting_service.update_log.encoding import (
+    decode_entry,
+    digest_of,
+    encode_entry,
+    kind_of,
+    next_chain,
+    profile_array,
+    profile_bytes,
 )
-from weighting_contract.spec import WeighterSpec
-from weighting_service.domain import JobRecord, MetaUpdate, Role, WeighterRecord
-from weighting_service.update_log.base import Appended, UpdateLog
-from weighting_service.update_log.encoding import decode, encode
 from weighting_service.update_log.sqlite_file import lock, open_file, translated, unlock
 
 TRIM_PORTION = 32  # entries a transaction
-
-_JOB_COLUMNS = ("role", "feature_names", "open", "reference", "reference_checksum", "documents_checksum")
-_PUT_JOB = (
-    f"INSERT INTO jobs (job_id, weighter, {', '.join(_JOB_COLUMNS)}) VALUES (?, ?{', ?' * len(_JOB_COLUMNS)}) "
-    f"ON CONFLICT (job_id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _JOB_COLUMNS)}"
-)
 
 
 class SqliteUpdateLog(UpdateLog):
@@ -44,13 +42,16 @@ class SqliteUpdateLog(UpdateLog):
 
     Beside it: `path`-wal and `path`-shm, which belong to it, and `path`.lock, held as long as the log is open.
 
-    A file of an older schema is brought to this version's; an older service can't open it any more.
+    A file of an older schema is brought to this version's; an older service can't open it any more. Entries of schema
+    versions 1 and 2 have no chain.
 
     Raises:
         FailedPrecondition: the file is damaged, is something else, comes from a newer version, or is in use by
             another process. It is left as it was.
         Unavailable: the file can't be opened or written.
     """
+
+    shared = False
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path).resolve()  # one lock file, whichever link leads here
@@ -63,43 +64,31 @@ class SqliteUpdateLog(UpdateLog):
             undo.pop_all()
 
     def create_weighter(self, record: WeighterRecord) -> None:
-        with self._transaction() as db:
-            for column, value in (("name", record.name), ("uid", record.uid)):
-                if db.execute(f"SELECT 1 FROM weighters WHERE {column} = ?", (value,)).fetchone():
-                    raise AlreadyExists(
-                        f"a weighter of {column} {value!r} exists already; choose another {column}, or delete it first"
-                    )
-            db.execute(
-                "INSERT INTO weighters (uid, name, spec, created_unix_ms, initial) VALUES (?, ?, ?, ?, ?)",
-                (record.uid, record.name, json.dumps(record.spec.to_dict()), record.created_unix_ms, record.initial),
-            )
+        with self._changing_records() as db:
+            rows.insert_weighter(db, record)
 
     def weighters(self) -> list[WeighterRecord]:
         with self._reading() as db:
-            rows = db.execute("SELECT name, uid, spec, created_unix_ms, initial FROM weighters ORDER BY id").fetchall()
-        return [
-            WeighterRecord(name, uid, WeighterSpec.from_dict(json.loads(spec)), created, initial)
-            for name, uid, spec, created, initial in rows
-        ]
+            return rows.weighter_records(db)
+
+    def put_weighter(self, record: WeighterRecord) -> None:
+        with self._changing_records() as db:
+            weighter = rows.weighter_row(db, record.uid)
+            db.execute(
+                "UPDATE weighters SET shared_with = ? WHERE id = ?", (json.dumps(record.shared_with), weighter.id)
+            )
 
     def delete_weighter(self, uid: str) -> None:
-        with self._transaction() as db:
-            if not db.execute("DELETE FROM weighters WHERE uid = ?", (uid,)).rowcount:
-                raise _no_weighter(uid)
+        with self._changing_records() as db:
+            db.execute("DELETE FROM weighters WHERE id = ?", (rows.weighter_row(db, uid).id,))
 
     def put_job(self, job: JobRecord, profile: np.ndarray | None = None) -> None:
-        table = None if profile is None else _profile_bytes(profile)
-        with self._transaction() as db:
-            weighter, *_ = _weighter(db, job.weighter_uid)
-            owner = db.execute("SELECT weighter FROM jobs WHERE job_id = ?", (job.job_id,)).fetchone()
-            if owner and owner[0] != weighter:
-                raise AlreadyExists(f"job {job.job_id!r} belongs to another weighter; choose another job id")
-            db.execute(_PUT_JOB, (job.job_id, weighter, *_job_values(job)))
+        table = None if profile is None else profile_bytes(profile)
+        with self._changing_records() as db:
+            weighter = rows.weighter_row(db, job.weighter_uid)
+            rows.put_job_row(db, weighter.id, job)
             if table is not None:
-                db.execute(
-                    "INSERT OR REPLACE INTO profiles (job, crc32, log_ratios) VALUES (?, ?, ?)",
-                    (_job(db, weighter, job.job_id), zlib.crc32(table), table),
-                )
+                rows.put_profile_row(db, rows.job_row(db, weighter.id, job.job_id), table)
 
     def profile(self, job_id: str) -> np.ndarray | None:
         with self._reading() as db:
@@ -114,90 +103,139 @@ class SqliteUpdateLog(UpdateLog):
                 f"the target profile of job {job_id!r} in {self._path} is damaged: its checksum does not match; open "
                 "the job again with its profile, or restore the file from a copy"
             )
-        return np.frombuffer(row[1], "<f2")
+        return profile_array(row[1])
 
     def job(self, job_id: str) -> JobRecord | None:
         with self._reading() as db:
-            rows = _job_records(db, "jobs.job_id", job_id)
-        return rows[0] if rows else None
+            records = rows.job_records(db, "jobs.job_id", job_id)
+        return records[0] if records else None
 
     def jobs(self, weighter_uid: str) -> list[JobRecord]:
         with self._reading() as db:
-            _weighter(db, weighter_uid)
-            return _job_records(db, "weighters.uid", weighter_uid)
+            rows.weighter_row(db, weighter_uid)
+            return rows.job_records(db, "weighters.uid", weighter_uid)
+
+    def touch_jobs(self, seen: Mapping[str, int]) -> None:
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE jobs SET seen_unix_ms = max(seen_unix_ms, ?) WHERE job_id = ?",
+                [(unix_ms, job_id) for job_id, unix_ms in seen.items()],
+            )
+
+    def jobs_seen(self, job_ids: Iterable[str]) -> dict[str, int]:
+        with self._reading() as db:
+            found = db.execute(
+                "SELECT job_id, seen_unix_ms FROM jobs WHERE seen_unix_ms > 0 "
+                "AND job_id IN (SELECT value FROM json_each(?))",
+                (json.dumps(list(job_ids)),),
+            ).fetchall()
+        return dict(found)
 
     def append(self, weighter_uid: str, update: MetaUpdate) -> Appended:
-        payload, digest = encode(update), update.digest()
+        payload, digest = encode_entry(update), update.digest()
+        self._failpoint("before_append")
         with self._transaction() as db:
-            weighter, _, head, _ = _weighter(db, weighter_uid)
-            job = _job(db, weighter, update.job_id)
-            taken = _taken(db, job, update, digest)
+            weighter = rows.weighter_row(db, weighter_uid)
+            job = rows.job_row(db, weighter.id, update.job_id)
+            taken = rows.taken_position(db, job, update, digest)
             if taken is not None:
                 return Appended(taken, duplicate=True)
-            position = head + 1
+            position = _add(db, weighter, weighter_uid, update, digest, payload)
             db.execute("INSERT INTO update_ids VALUES (?, ?, ?, ?)", (job, update.update_id, position, digest))
-            db.execute(
-                "INSERT INTO entries VALUES (?, ?, ?, ?)",
-                (weighter, position, _checksum(weighter_uid, position, payload), payload),
-            )
-            db.execute("UPDATE weighters SET head = ? WHERE id = ?", (position, weighter))
             db.execute(
                 "UPDATE jobs SET last_step = ?, last_position = ? WHERE id = ? AND last_step <= ?",
                 (update.step, position, job, update.step),
             )
+        self._failpoint("after_append")
         return Appended(position, duplicate=False)
+
+    def append_rollback(self, weighter_uid: str, rollback: Rollback, expected_head: int | None) -> int:
+        payload, digest = encode_entry(rollback), digest_of(rollback)
+        self._failpoint("before_append")
+        with self._transaction() as db:
+            weighter = rows.weighter_row(db, weighter_uid)
+            if expected_head is not None and expected_head != weighter.head:
+                raise refusals.unexpected_head(weighter.name, weighter.head, expected_head)
+            position = _add(db, weighter, weighter_uid, rollback, digest, payload)
+        self._failpoint("after_append")
+        return position
 
     def find(self, weighter_uid: str, update: MetaUpdate) -> int | None:
         digest = update.digest()
         with self._reading() as db:
-            weighter, *_ = _weighter(db, weighter_uid)
-            return _taken(db, _job(db, weighter, update.job_id), update, digest)
+            weighter = rows.weighter_row(db, weighter_uid)
+            return rows.taken_position(db, rows.job_row(db, weighter.id, update.job_id), update, digest)
 
     def head(self, weighter_uid: str) -> int:
         with self._reading() as db:
-            return _weighter(db, weighter_uid)[2]
+            return rows.weighter_row(db, weighter_uid).head
 
-    def read(self, weighter_uid: str, after: int, limit: int) -> list[tuple[int, MetaUpdate]]:
-        if after < 0 or limit < 1:
-            raise InvalidArgument(f"read needs after >= 0 and limit >= 1, got after {after} and limit {limit}")
+    def heads(self) -> Heads:
         with self._reading() as db:
-            weighter, name, head, trimmed = _weighter(db, weighter_uid)
-            rows = db.execute(
-                "SELECT position, crc32, payload FROM entries WHERE weighter = ? AND position > ? "
+            version = int(db.execute("SELECT version FROM records").fetchone()[0])
+            return Heads(version, dict(db.execute("SELECT uid, head FROM weighters").fetchall()))
+
+    def read(self, weighter_uid: str, after: int, limit: int, chain: str = "") -> list[LogEntry]:
+        refusals.check_range(after, limit)
+        with self._reading() as db:
+            weighter = rows.weighter_row(db, weighter_uid)
+            if after > weighter.head:
+                raise refusals.other_history(weighter.name, after, weighter.head)
+            if after < weighter.trimmed:
+                raise refusals.entries_trimmed(weighter.name, after, weighter.trimmed)
+            known = rows.chain_at(db, weighter, after) if chain else ""
+            found = db.execute(
+                "SELECT position, crc32, chain, kind, payload FROM entries WHERE weighter = ? AND position > ? "
                 "ORDER BY position LIMIT ?",
-                (weighter, after, limit),
+                (weighter.id, after, limit),
             ).fetchall()
-        if after > head:
-            raise FailedPrecondition(
-                f"the log of weighter {name!r} ends at position {head}, but entries after {after} were asked for: "
-                "that state comes from another history (an older copy of the log was put back?)"
-            )
-        if after < trimmed:
-            raise FailedPrecondition(
-                f"entries 1 to {trimmed} of weighter {name!r} are trimmed, but those after {after} were asked for; "
-                f"start from a snapshot at position {trimmed} or later"
-            )
-        expected = range(after + 1, min(after + limit, head) + 1)
-        missing = set(expected) - {position for position, _, _ in rows}
+        if known and known != chain:
+            raise refusals.other_history(weighter.name, after, weighter.head)
+        expected = range(after + 1, min(after + limit, weighter.head) + 1)
+        missing = set(expected) - {position for position, *_ in found}
         if missing:
-            raise Internal(f"entry {min(missing)} of weighter {name!r} ({weighter_uid}) is missing from {self._path}")
-        return [(position, self._decoded(weighter_uid, name, position, crc, data)) for position, crc, data in rows]
+            raise refusals.entry_missing(weighter.name, weighter_uid, min(missing), str(self._path))
+        return [self._entry(weighter_uid, weighter.name, *row) for row in found]
 
     def last_taught(self, job_id: str) -> tuple[int, int]:
         with self._reading() as db:
             row = db.execute("SELECT last_step, last_position FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
         return (int(row[0]), int(row[1])) if row else (-1, 0)
 
+    def vouch(self, weighter_uid: str, position: int, environment: str, checksum: str) -> str:
+        with self._transaction() as db:
+            key = (rows.weighter_row(db, weighter_uid).id, position, environment)
+            db.execute("INSERT OR IGNORE INTO vouched VALUES (?, ?, ?, ?)", (*key, checksum))
+            holds = db.execute(
+                "SELECT checksum FROM vouched WHERE weighter = ? AND position = ? AND environment = ?", key
+            ).fetchone()
+        return str(holds[0])
+
+    def trimmed(self, weighter_uid: str) -> int:
+        with self._reading() as db:
+            return rows.weighter_row(db, weighter_uid).trimmed
+
     def trim(self, weighter_uid: str, up_to: int) -> None:
-        done = False
-        while not done:  # in portions, so that appends get their turn in between
-            with self._transaction() as db:
-                weighter, _, head, trimmed = _weighter(db, weighter_uid)
-                portion = min(up_to, head, trimmed + TRIM_PORTION)
-                if portion > trimmed:
-                    db.execute("DELETE FROM entries WHERE weighter = ? AND position <= ?", (weighter, portion))
-                    db.execute("UPDATE weighters SET trimmed = ? WHERE id = ?", (portion, weighter))
-                done = portion >= min(up_to, head)
+        while self._trim_portion(weighter_uid, up_to):  # in portions, so that appends get their turn in between
+            self._failpoint("during_trim")
+
+    def export(self, weighter_uid: str) -> WeighterCopy:
+        with self._reading() as db:
+            jobs = rows.job_records(db, "weighters.uid", weighter_uid)
+        profiles = {job.job_id: self.profile(job.job_id) for job in jobs}
+        with self._reading() as db:
+            return sqlite_copies.weighter_copy(db, weighter_uid, profiles)
+
+    def taken(self, weighter_uid: str) -> Iterator[TakenUpdate]:
+        after: tuple[int, str] | None = (0, "")
+        while after is not None:
+            with self._reading() as db:
+                page, after = sqlite_copies.taken_after(db, rows.weighter_row(db, weighter_uid).id, after)
+            yield from page
+
+    def import_(self, copy: WeighterCopy, entries: Iterable[LogEntry], taken: Iterable[TakenUpdate]) -> None:
+        with self._changing_records() as db:
+            sqlite_copies.insert_copy(db, copy, entries, taken)
 
     def size_bytes(self) -> int:
         with self._reading():
@@ -233,85 +271,50 @@ class SqliteUpdateLog(UpdateLog):
                 if db.in_transaction:  # something failed, perhaps the commit itself
                     db.execute("ROLLBACK")
 
-    def _decoded(self, uid: str, name: str, position: int, crc: int, payload: bytes) -> MetaUpdate:
+    @contextlib.contextmanager
+    def _changing_records(self) -> Iterator[sqlite3.Connection]:
+        """A transaction after which `heads` tells another version."""
+        with self._transaction() as db:
+            yield db
+            db.execute("UPDATE records SET version = version + 1")
+
+    def _failpoint(self, name: str) -> None:
+        with translated(self._path):
+            failpoints.hit(name)
+
+    def _trim_portion(self, weighter_uid: str, up_to: int) -> bool:
+        """Whether there is more to trim."""
+        with self._transaction() as db:
+            weighter = rows.weighter_row(db, weighter_uid)
+            end = min(up_to, weighter.head)
+            portion = min(end, weighter.trimmed + TRIM_PORTION)
+            if portion <= weighter.trimmed:
+                return False
+            chain = rows.chain_at(db, weighter, portion)
+            db.execute("DELETE FROM entries WHERE weighter = ? AND position <= ?", (weighter.id, portion))
+            db.execute(
+                "UPDATE weighters SET trimmed = ?, trimmed_chain = ? WHERE id = ?", (portion, chain, weighter.id)
+            )
+            return portion < end
+
+    def _entry(self, uid: str, name: str, position: int, crc: int, chain: str, kind: str, payload: bytes) -> LogEntry:
         where = f"entry {position} of weighter {name!r} ({uid}) in {self._path}"
-        if _checksum(uid, position, payload) != crc:
+        if rows.entry_checksum(uid, position, chain, kind, payload) != crc:
             raise Internal(
                 f"{where} is damaged: its checksum does not match; restore the file from a copy, or go on from a "
                 f"snapshot at position {position} or later"
             )
         try:
-            return decode(payload)
+            return LogEntry(position, decode_entry(kind, payload), chain)
         except InvalidArgument as exc:
             raise Internal(f"{where} can't be read: {exc}") from exc
 
 
-def _weighter(db: sqlite3.Connection, uid: str) -> tuple[int, str, int, int]:
-    """(id, name, head, trimmed) of a weighter."""
-    row = db.execute("SELECT id, name, head, trimmed FROM weighters WHERE uid = ?", (uid,)).fetchone()
-    if row is None:
-        raise _no_weighter(uid)
-    return int(row[0]), str(row[1]), int(row[2]), int(row[3])
-
-
-def _no_weighter(uid: str) -> NotFound:
-    return NotFound(f"the update log has no weighter of uid {uid!r}; it was never created, or it was deleted")
-
-
-def _job(db: sqlite3.Connection, weighter: int, job_id: str) -> int:
-    row = db.execute("SELECT id FROM jobs WHERE job_id = ? AND weighter = ?", (job_id, weighter)).fetchone()
-    if row is None:
-        raise NotFound(f"the weighter has no job {job_id!r}; open the job before it teaches")
-    return int(row[0])
-
-
-def _taken(db: sqlite3.Connection, job: int, update: MetaUpdate, digest: bytes) -> int | None:
-    """The position that the update has. Raises AlreadyExists where its id was used for other content."""
-    row = db.execute(
-        "SELECT position, digest FROM update_ids WHERE job = ? AND update_id = ?", (job, update.update_id)
-    ).fetchone()
-    if row is None:
-        return None
-    if row[1] != digest:
-        raise AlreadyExists(
-            f"update {update.update_id!r} of job {update.job_id!r} was taken at position {row[0]} with other content; "
-            "a retry must send the same content, another update needs another update_id"
-        )
-    return int(row[0])
-
-
-def _job_values(job: JobRecord) -> tuple[object, ...]:
-    """In the order of _JOB_COLUMNS."""
-    return (
-        job.role.value,
-        json.dumps(job.feature_names),
-        job.open,
-        job.reference,
-        job.reference_checksum,
-        job.documents_checksum,
-    )
-
-
-def _job_records(db: sqlite3.Connection, column: str, value: str) -> list[JobRecord]:
-    rows = db.execute(
-        f"SELECT job_id, uid, {', '.join(_JOB_COLUMNS)} FROM jobs JOIN weighters ON weighters.id = jobs.weighter "
-        f"WHERE {column} = ? ORDER BY jobs.id",
-        (value,),
-    ).fetchall()
-    return [
-        JobRecord(job_id, uid, Role(role), tuple(json.loads(names)), bool(is_open), *reference)
-        for job_id, uid, role, names, is_open, *reference in rows
-    ]
-
-
-def _profile_bytes(profile: np.ndarray) -> bytes:
-    if profile.ndim != 1 or profile.dtype != np.float16:
-        raise InvalidArgument(
-            f"a profile must be [buckets] float16, got {profile.dtype.name} of shape {list(profile.shape)}"
-        )
-    return profile.astype("<f2").tobytes()
-
-
-def _checksum(uid: str, position: int, payload: bytes) -> int:
-    """CRC-32 of an entry's place and content: an intact entry in the wrong place is a damaged one too."""
-    return zlib.crc32(payload, zlib.crc32(f"{uid}:{position};".encode()))
+def _add(
+    db: sqlite3.Connection, weighter: rows.WeighterRow, uid: str, entry: Entry, digest: bytes, payload: bytes
+) -> int:
+    """Gives the entry the next position."""
+    position, chain = weighter.head + 1, next_chain(weighter.chain, digest)
+    rows.insert_entry(db, weighter.id, uid, position, chain, kind_of(entry), payload)
+    db.execute("UPDATE weighters SET head = ?, chain = ? WHERE id = ?", (position, chain, weighter.id))
+    return position

@@ -7,6 +7,7 @@ by name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sqlite3
@@ -51,6 +52,22 @@ STEPS: tuple[tuple[str, ...], ...] = (
             job INTEGER PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
             crc32 INTEGER NOT NULL, log_ratios BLOB NOT NULL)""",
     ),
+    (
+        "ALTER TABLE weighters ADD COLUMN shared_with TEXT NOT NULL DEFAULT '[]'",
+        # The chain at the head and at the trimmed point; empty where the entry is older than this version.
+        "ALTER TABLE weighters ADD COLUMN chain TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE weighters ADD COLUMN trimmed_chain TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE jobs ADD COLUMN quarantined TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE jobs ADD COLUMN seen_unix_ms INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE entries ADD COLUMN kind TEXT NOT NULL DEFAULT 'update'",
+        "ALTER TABLE entries ADD COLUMN chain TEXT NOT NULL DEFAULT ''",
+        """CREATE TABLE vouched (
+            weighter INTEGER NOT NULL REFERENCES weighters (id) ON DELETE CASCADE,
+            position INTEGER NOT NULL, environment TEXT NOT NULL, checksum TEXT NOT NULL,
+            PRIMARY KEY (weighter, position, environment)) WITHOUT ROWID""",
+        "CREATE TABLE records (version INTEGER NOT NULL)",  # one row
+        "INSERT INTO records VALUES (0)",
+    ),
 )
 SCHEMA_VERSION = len(STEPS)
 
@@ -60,6 +77,7 @@ def open_file(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
     try:
         version = _found_version(db, path)
+        _check_whole(db, path)
         # WAL with synchronous=FULL: a commit appends to the WAL and fsyncs it before it returns, and after a crash the
         # checksummed frames of the last whole commit are found again, so an acknowledged append survives power loss
         # just as with the rollback journal. It takes one fsync where DELETE takes several: measured on ext4
@@ -95,6 +113,19 @@ def _found_version(db: sqlite3.Connection, path: Path) -> int:
         )
     db.execute("SELECT id, head FROM weighters LIMIT 1").fetchone()  # a truncated file shows here, not at first use
     return int(version)
+
+
+def _check_whole(db: sqlite3.Connection, path: Path) -> None:
+    """Raises where the file ends inside a page, of which SQLite would read the rest as zeros."""
+    wal = path.with_name(path.name + "-wal")
+    if wal.exists() and wal.stat().st_size > 0:
+        return  # a crash may have left the last page unfinished; the WAL has it whole
+    size, page = path.stat().st_size, int(db.execute("PRAGMA page_size").fetchone()[0])
+    if size % page:
+        raise FailedPrecondition(
+            f"{path} is damaged: it ends inside a page, {size} bytes are no multiple of {page}; it was left as it is: "
+            "restore it from a copy, or choose another path"
+        )
 
 
 def _upgrade(db: sqlite3.Connection, version: int) -> None:
@@ -148,6 +179,8 @@ def translated(path: Path) -> Iterator[None]:
     except sqlite3.Error as exc:
         raise _storage_error(path, exc) from exc
     except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(path, exc) from exc
         raise Unavailable(f"the update log {path} can't be used: {exc}; check the path and its permissions") from exc
 
 
@@ -159,8 +192,12 @@ def _storage_error(path: Path, exc: sqlite3.Error) -> WeighbridgeError:
             "another path"
         )
     if code == sqlite3.SQLITE_FULL:
-        return ResourceExhausted(
-            f"the disk of the update log {path} is full ({exc}); nothing was recorded: free space and try again",
-            retry_after_s=30.0,
-        )
+        return _disk_full(path, exc)
     return Unavailable(f"the update log {path} could not be read or written ({exc}); nothing was recorded: try again")
+
+
+def _disk_full(path: Path, exc: Exception) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"the disk of the update log {path} is full ({exc}); nothing was recorded: free space and try again",
+        retry_after_s=30.0,
+    )
