@@ -1,98 +1,127 @@
 """The references that a service can score by: found, uploaded, loaded when needed, deleted. Knows no job, no transport.
 
 They come from the package (the name "pretaught"), from folders of the models directory that hold a reference.json, and
-from uploads, which lie in the state directory. Belongs to the service's event loop; files and models are read on worker
-threads, so nothing here keeps calls waiting.
+from uploads, which lie in a storage that replicas share: what another one uploaded or deleted is noticed when a name is
+asked for. Belongs to the service's event loop; files and models are read on worker threads, so nothing here keeps calls
+waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from weighting_contract.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from weighting_contract.reference import FILES, MANIFEST, ReferenceInfo, check_reference, read_counts
+from weighting_contract.reference import FILES, MANIFEST, ReferenceInfo, check_reference
 from weighting_contract.spec import check_name
 from weighting_service import pretaught
+from weighting_service.loaded import LoadedReferences, short
 from weighting_service.metrics import Metrics
-from weighting_service.reference import Reference, load_reference, reference_files, write_reference
+from weighting_service.reference import Reference
+from weighting_service.storage import Storage, open_storage
+from weighting_service.uploads import Known, Uploads, known_reference
 from weighting_service.views import ReferenceView
+
+LOOK_EVERY_S = 1.0  # between two looks into the storage at what is known already
+_REMEMBERED_LOOKS = 1000
+
+__all__ = ["Known", "ReferenceStore", "short"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Known:
-    """A verified reference: where it lies and what it says about itself."""
-
-    name: str
-    folder: Path
-    info: ReferenceInfo
-    ngram_buckets: int
-    uploaded: bool  # else it is the package's or the models directory's, and stays
+class _Damaged:
+    reason: str
+    uploaded: bool
 
 
 class ReferenceStore:
     """References by name; names of one checksum share one loaded reference. `await start()` before use.
 
+    A tenant's references have names "tenant/name"; that only its callers use them is not known here.
+
     Args:
-        folder: for uploads; made when the first one comes.
+        storage: for uploads: a storage, or the path or URL of one.
         models_dir: folders in it that hold references are offered under their own names.
         device: where references are loaded to.
+        cache: folder of this machine for uploads that lie elsewhere; needed where the storage is not a local one.
     """
 
-    def __init__(self, folder: Path, *, models_dir: Path | None, device: torch.device) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        storage: Storage | str | os.PathLike[str],
+        *,
+        models_dir: Path | None,
+        device: torch.device,
+        cache: Path | None = None,
+    ) -> None:
+        self._uploads = Uploads(open_storage(storage), cache)
         self._models_dir = models_dir
-        self._device = device
         self._known: dict[str, Known] = {}
-        self._failed: dict[str, str] = {}  # references on disk that are damaged, and why
-        self._loaded: dict[str, Reference] = {}  # by checksum
-        self._loading: dict[str, asyncio.Task[None]] = {}
-        self._broken: dict[str, str] = {}  # verified ones that could not be loaded, and why
-        self._changing = asyncio.Lock()
+        self._failed: dict[str, _Damaged] = {}  # references that are there, but damaged
+        self._memory = LoadedReferences(device, self._bring)
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # by name
+        self._looked: dict[str, float] = {}  # when a look for a name began
+        self._refreshing = asyncio.Lock()
+        self._refreshed = float("-inf")
         self._metrics: Metrics | None = None
 
-    async def start(self, metrics: Metrics) -> None:
-        """Looks for references; one that is damaged is reported in the log and does not keep the others away."""
-        self._metrics = metrics
+    async def start(self, metrics: Metrics, in_use: Callable[[], Collection[str]] | None = None) -> None:
+        """Looks for references; one that is damaged is reported in the log and does not keep the others away.
+
+        Args:
+            metrics: where they are counted.
+            in_use: checksums that open jobs score by; without it no loaded reference is ever dropped from memory.
+        """
+        self._metrics, self._memory.in_use = metrics, in_use
         self._known, self._failed = await asyncio.to_thread(self._scan)
+        try:
+            await self.refresh()
+        except Unavailable as exc:
+            log.error("uploaded references are looked for when they are asked for: %s", exc)
+        else:
+            await asyncio.to_thread(self._uploads.tidy, [known.folder for known in self._known.values()])
         self._count()
 
     async def stop(self) -> None:
         """Nobody waits for what is still loading."""
-        tasks = list(self._loading.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._memory.stop()
 
     # ---- Use cases --------------------------------------------------------------------------------------------------
 
     async def put(self, name: str, files: Mapping[str, bytes], exist_ok: bool) -> ReferenceView:
         """A new reference under a name that is free, durable when this returns; with `exist_ok` the very same one."""
-        check_name(name, "name")
+        check_name(name.rpartition("/")[2], "name")
         info = await asyncio.to_thread(check_reference, files, f"reference {name!r}")
-        async with self._changing:
-            if name in self._failed:
-                raise AlreadyExists(f"reference {name!r} exists, but is damaged: {self._failed[name]}; delete it first")
+        async with self._lock(name):
+            await self._look(name)
+            if failed := self._failed.get(name):
+                raise AlreadyExists(f"reference {name!r} exists, but is damaged: {failed.reason}; delete it first")
             if existing := self._known.get(name):
                 return self._existing(existing, info, exist_ok)
-            folder = self._folder / name
             try:
-                await asyncio.to_thread(write_reference, folder, files)
+                await asyncio.to_thread(self._uploads.write, name, files)
             except OSError as exc:
                 raise Unavailable(f"reference {name!r} was not stored: its files can't be written ({exc})") from exc
-            buckets = len(read_counts(files).ngrams)
-            self._known[name] = Known(name, folder, info, buckets, uploaded=True)
-            self._count()
-            return self._view(self._known[name])
+            await self._look(name)  # what is offered is what reads back
+            stored = self._known.get(name)
+            if stored is None or stored.info.checksum != info.checksum:
+                raise Unavailable(
+                    f"reference {name!r} does not read back as it was stored: another one was uploaded or deleted "
+                    "under this name at the same time; try again, or choose another name"
+                )
+            return self._view(stored)
 
     def _existing(self, known: Known, info: ReferenceInfo, exist_ok: bool) -> ReferenceView:
         if known.info.checksum != info.checksum:
@@ -106,60 +135,81 @@ class ReferenceStore:
 
     async def get(self, name: str, files: Iterable[str] = ()) -> ReferenceView:
         """A reference, with those of its files that are named."""
-        known, wanted = self.known(name), list(dict.fromkeys(files))
+        known, wanted = await self.find(name), list(dict.fromkeys(files))
         for file in wanted:
             if file not in FILES:
                 raise InvalidArgument(f"files names {file!r}, expected some of {', '.join(FILES)}")
         try:
-            contents = await asyncio.to_thread(lambda: {file: (known.folder / file).read_bytes() for file in wanted})
+            contents = await asyncio.to_thread(self._contents, known, wanted)
         except OSError as exc:
             raise Unavailable(f"the files of reference {name!r} can't be read: {exc.strerror or exc}") from exc
         return self._view(known, contents)
 
     def views(self) -> list[ReferenceView]:
+        """All that are known now; `refresh` first for what other replicas have changed."""
         return [self._view(self._known[name]) for name in sorted(self._known)]
 
     async def delete(self, name: str) -> None:
         """Removes an upload, a damaged one too. That no open job uses it is the caller's to know."""
-        async with self._changing:
-            if name not in self._failed and not self.known(name).uploaded:
+        async with self._lock(name):
+            if _is_name(name):
+                await self._look(name)
+            if failed := self._failed.get(name):
+                if not failed.uploaded:
+                    raise FailedPrecondition(f"reference {name!r} is damaged and not an upload: {failed.reason}")
+            elif not self.known(name).uploaded:
                 raise FailedPrecondition(
                     f"reference {name!r} is not an upload: it comes with the service or its models directory and stays"
                 )
-            folder = self._folder / name
-            if name in self._failed and not folder.is_dir():
-                raise FailedPrecondition(f"reference {name!r} is damaged and not an upload: {self._failed[name]}")
-            known = self._known.pop(name, None)
-            self._failed.pop(name, None)
-            if known and all(other.info.checksum != known.info.checksum for other in self._known.values()):
-                self._loaded.pop(known.info.checksum, None)
-                self._broken.pop(known.info.checksum, None)
-            if self._metrics:
-                self._metrics.forget_reference(name)
-            self._count()
+            self._forget(name)
             try:
-                await asyncio.to_thread(_remove, folder)
+                await asyncio.to_thread(self._uploads.delete, name)
             except OSError as exc:
                 raise Unavailable(f"the files of reference {name!r} can't be removed: {exc.strerror or exc}") from exc
 
     # ---- For the other use cases ------------------------------------------------------------------------------------
 
+    def names(self) -> dict[str, bool]:
+        """The references known by now, damaged ones too; whether one is no upload, and so everybody's."""
+        known: dict[str, Known | _Damaged] = {**self._failed, **self._known}
+        return {name: not reference.uploaded for name, reference in known.items()}
+
+    async def find(self, name: str) -> Known:
+        """The reference of that name, also one that another replica was given a moment ago.
+
+        Raises:
+            NotFound: there is none, or it was deleted.
+            FailedPrecondition: it is damaged.
+            Unavailable: it is not known here, and the storage can't be reached.
+        """
+        await self._look_again(name)
+        return self.known(name)
+
     def known(self, name: str) -> Known:
-        """The reference of that name. Raises NotFound, or FailedPrecondition where it is damaged."""
+        """As `find`, but at once: what this replica knows."""
         if found := self._known.get(name):
             return found
-        if reason := self._failed.get(name):
-            raise FailedPrecondition(f"reference {name!r} is damaged: {reason}")
+        if failed := self._failed.get(name):
+            raise FailedPrecondition(f"reference {name!r} is damaged: {failed.reason}")
         raise NotFound(
             f"there is no reference {name!r}; this service has: {', '.join(sorted(self._known)[:10]) or 'none'}"
         )
 
-    def of_checksum(self, name: str, checksum: str) -> Known:
-        """The reference that had this name and checksum, under whichever name it is known now.
+    async def find_checksum(self, name: str, checksum: str) -> Known:
+        """The reference that had this name and checksum, under whichever name it is known now; at once where it is.
 
         Raises:
             FailedPrecondition: this service does not have it; the message says what it has instead.
+            Unavailable: it is not known here, and the storage can't be reached.
         """
+        for look in (functools.partial(self._look_again, name), self.refresh):
+            with contextlib.suppress(FailedPrecondition):
+                return self.of_checksum(name, checksum)
+            await look()
+        return self.of_checksum(name, checksum)
+
+    def of_checksum(self, name: str, checksum: str) -> Known:
+        """As `find_checksum`, among what this replica knows."""
         named = self._known.get(name)
         for candidate in ([named] if named else []) + list(self._known.values()):
             if candidate.info.checksum == checksum:
@@ -167,7 +217,7 @@ class ReferenceStore:
         if named:
             reason = f"has the checksum {short(named.info.checksum)} here"
         else:
-            reason = f"is damaged: {self._failed[name]}" if name in self._failed else "is not on this service"
+            reason = f"is damaged: {self._failed[name].reason}" if name in self._failed else "is not on this service"
         raise FailedPrecondition(
             f"reference {name!r} of the checksum {short(checksum)} is needed, but {name!r} {reason}; upload the "
             "reference again, or open the job under another id"
@@ -180,74 +230,127 @@ class ReferenceStore:
             Unavailable: it is still being loaded; this call has seen to it.
             FailedPrecondition: it can't be loaded.
         """
-        if reference := self._loaded.get(known.info.checksum):
-            return reference
-        if reason := self._broken.get(known.info.checksum):
-            raise FailedPrecondition(f"reference {known.name!r} can't be used: {reason}")
-        self._begin(known)
-        raise Unavailable(f"reference {known.name!r} is still loading; try again shortly")
+        return self._memory.ready(known)
 
     async def load(self, known: Known, wait_s: float | None = None) -> Reference:
         """As `ready`, but waits for what is being loaded, at most `wait_s`; what failed before is tried again."""
-        if known.info.checksum not in self._loaded:
-            self._broken.pop(known.info.checksum, None)
-            await asyncio.wait([self._begin(known)], timeout=wait_s)  # the loading goes on whatever becomes of the wait
-        return self.ready(known)
+        return await self._memory.load(known, wait_s)
+
+    # ---- What other replicas change ---------------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Learns which uploads came and went elsewhere, unless that was done within `LOOK_EVERY_S`.
+
+        Raises:
+            Unavailable: the storage can't be reached.
+        """
+        async with self._refreshing:
+            if time.monotonic() - self._refreshed < LOOK_EVERY_S:
+                return
+            began = time.monotonic()
+            try:
+                names = await asyncio.to_thread(self._uploads.names)
+            except OSError as exc:
+                raise Unavailable(f"uploaded references can't be listed: {exc}") from exc
+            for name in sorted(names ^ {known.name for known in self._known.values() if known.uploaded}):
+                await self._look_again(name)
+            self._refreshed = began
+
+    async def _look_again(self, name: str) -> None:
+        """Looks for an upload, unless the answer is fresh: a look that began after this call, or a moment ago."""
+        if ((known := self._known.get(name)) and not known.uploaded) or not _is_name(name):
+            return
+        asked = time.monotonic()
+        async with self._lock(name):
+            looked = self._looked.get(name, float("-inf"))
+            seen = name in self._known or name in self._failed
+            if looked < asked - (LOOK_EVERY_S if seen else 0):
+                await self._look(name)
+
+    async def _look(self, name: str) -> None:
+        """Makes what is known of one upload what the storage holds. The caller has the name's lock."""
+        known, failed = self._known.get(name), self._failed.get(name)
+        if (known and not known.uploaded) or (failed and not failed.uploaded):
+            return
+        if len(self._looked) > _REMEMBERED_LOOKS:
+            self._looked.clear()
+        self._looked[name] = time.monotonic()
+        try:
+            if known and await asyncio.to_thread(self._uploads.fingerprint, name) == known.fingerprint:
+                return
+            upload = await asyncio.to_thread(self._uploads.read, name)
+        except InvalidArgument as exc:
+            self._offer(name, None, exc.message)
+        except OSError as exc:
+            if known is None:
+                raise Unavailable(f"reference {name!r} can't be looked for: {exc}") from exc
+            log.warning("whether reference %r is still there can't be seen: %s", name, exc)
+        else:
+            self._offer(name, upload)
+
+    def _offer(self, name: str, upload: Known | None, damage: str = "") -> None:
+        """Replaces what is known under a name."""
+        new = name not in self._failed
+        self._forget(name)
+        if upload:
+            self._known[name] = upload
+        if damage:
+            self._failed[name] = _Damaged(damage, uploaded=True)
+            if new:
+                log.error("reference %r is not offered: %s", name, damage)
+        self._count()
+
+    def _forget(self, name: str) -> None:
+        known = self._known.pop(name, None)
+        self._failed.pop(name, None)
+        if known and not self._offered(known.info.checksum):
+            self._memory.drop(known.info.checksum)
+        if self._metrics:
+            self._metrics.forget_reference(name)
+        self._count()
 
     # ---- Inside -----------------------------------------------------------------------------------------------------
 
-    def _begin(self, known: Known) -> asyncio.Task[None]:
-        checksum = known.info.checksum
-        if checksum not in self._loading:
-            self._loading[checksum] = asyncio.create_task(self._load(known), name=f"load reference {known.name}")
-        return self._loading[checksum]
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
 
-    async def _load(self, known: Known) -> None:
-        checksum = known.info.checksum
-        try:
-            reference = await asyncio.to_thread(_load_warm, known, self._device)
-        except Exception as exc:  # damaged files, libraries that are missing, a device without memory: many kinds
-            self._broken[checksum] = str(exc)
-            log.error("reference %r can't be loaded: %s", known.name, exc)
-        else:
-            if any(other.info.checksum == checksum for other in self._known.values()):  # else it was deleted meanwhile
-                self._loaded[checksum] = reference
-                log.info("reference %r is loaded", known.name)
-        finally:
-            del self._loading[checksum]
+    def _offered(self, checksum: str) -> bool:
+        return any(known.info.checksum == checksum for known in self._known.values())
 
-    def _scan(self) -> tuple[dict[str, Known], dict[str, str]]:
+    def _contents(self, known: Known, files: Iterable[str]) -> dict[str, bytes]:
+        self._bring(known)
+        return {file: (known.folder / file).read_bytes() for file in files}
+
+    def _bring(self, known: Known) -> None:
+        """Fetches an upload again where the cache has lost it."""
+        if known.uploaded and not known.folder.is_dir():
+            self._uploads.read(known.name)
+
+    def _scan(self) -> tuple[dict[str, Known], dict[str, _Damaged]]:
+        """The references that stay: the package's and those of the models directory."""
         known: dict[str, Known] = {}
-        failed: dict[str, str] = {}
-        for name, folder, uploaded in self._candidates():
+        failed: dict[str, _Damaged] = {}
+        for name, folder in self._fixed():
             if name in known or name in failed:
                 log.warning("the reference in %s is not offered: the name %r is taken", folder, name)
                 continue
             try:
-                files = reference_files(folder)
-                info = check_reference(files, str(folder))
-                known[name] = Known(name, folder, info, len(read_counts(files).ngrams), uploaded)
+                known[name] = known_reference(name, folder)
             except InvalidArgument as exc:
-                failed[name] = exc.message
+                failed[name] = _Damaged(exc.message, uploaded=False)
                 log.error("reference %r is not offered: %s", name, exc)
         return known, failed
 
-    def _candidates(self) -> Iterator[tuple[str, Path, bool]]:
+    def _fixed(self) -> Iterator[tuple[str, Path]]:
         if pretaught.reference_folder().is_dir():
-            yield pretaught.NAME, pretaught.reference_folder(), False
+            yield pretaught.NAME, pretaught.reference_folder()
         if self._models_dir and self._models_dir.is_dir():
             for folder in sorted(self._models_dir.iterdir()):
                 if (folder / MANIFEST).is_file():
-                    yield folder.name, folder, False
-        if self._folder.is_dir():
-            for folder in sorted(self._folder.iterdir()):
-                if folder.name.startswith("."):  # of an upload or a deletion that was cut short
-                    shutil.rmtree(folder, ignore_errors=True)
-                else:
-                    yield folder.name, folder, True
+                    yield folder.name, folder
 
     def _view(self, known: Known, files: Mapping[str, bytes] | None = None) -> ReferenceView:
-        loaded = known.info.checksum in self._loaded
+        loaded = known.info.checksum in self._memory
         return ReferenceView(known.name, known.info, known.ngram_buckets, loaded, files or {})
 
     def _count(self) -> None:
@@ -256,22 +359,11 @@ class ReferenceStore:
             self._metrics.references_failed.set(len(self._failed))
 
 
-def short(checksum: str) -> str:
-    """Enough of a checksum to tell two apart."""
-    return f"{checksum[:12]}..." if checksum else "none"
-
-
-def _load_warm(known: Known, device: torch.device) -> Reference:
-    """One pass on the device, so that the first caller doesn't pay for lazy initialisation."""
-    reference = load_reference(known.folder, device, name=known.name)
-    if reference.checksum != known.info.checksum:
-        raise InvalidArgument(f"its files have changed since the service started: {short(reference.checksum)}")
-    reference.raw_statistics([np.zeros(2, np.int64)])
-    return reference
-
-
-def _remove(folder: Path) -> None:
-    """First out of sight, so that what a crash leaves is no half reference."""
-    hidden = folder.with_name(f".{folder.name}.deleted")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
+def _is_name(name: str) -> bool:
+    """Whether it can be an upload's: "name" or "tenant/name"."""
+    try:
+        for part in name.split("/", 1):
+            check_name(part, "name")
+    except InvalidArgument:
+        return False
+    return True

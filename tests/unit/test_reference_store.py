@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -19,14 +20,37 @@ from weighting_service.references import ReferenceStore
 FILES = models.reference()
 
 
+CPU = torch.device("cpu")
+
+
 def with_store(tmp_path: Path, use: Callable[[ReferenceStore], Awaitable[None]]) -> None:
     async def main() -> None:
-        store = ReferenceStore(tmp_path / "uploads", models_dir=tmp_path / "models", device=torch.device("cpu"))
+        store = ReferenceStore(tmp_path / "uploads", models_dir=tmp_path / "models", device=CPU)
         await store.start(Metrics())
         await use(store)
         await store.stop()
 
     asyncio.run(main())
+
+
+def with_replicas(tmp_path: Path, use: Callable[[ReferenceStore, ReferenceStore], Awaitable[None]]) -> None:
+    async def main() -> None:
+        replicas = [ReferenceStore(tmp_path / "uploads", models_dir=None, device=CPU) for _ in range(2)]
+        for replica in replicas:
+            await replica.start(Metrics())
+        await use(*replicas)
+        for replica in replicas:
+            await replica.stop()
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Asks again and again, for at most a minute."""
+    deadline = time.monotonic() + 60
+    while not await condition():
+        assert time.monotonic() < deadline, "it never came true"
+        await asyncio.sleep(0.01)
 
 
 def test_references_of_the_package_the_models_directory_and_uploads(tmp_path: Path) -> None:
@@ -83,11 +107,8 @@ def test_a_damaged_reference_is_reported_and_can_be_deleted(tmp_path: Path) -> N
     folder = write_reference(tmp_path / "uploads" / "bad", FILES)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
-    leftover = tmp_path / "uploads" / ".half.upload"
-    leftover.mkdir()
 
     async def use(store: ReferenceStore) -> None:
-        assert not leftover.exists()
         assert [v.name for v in store.views()] == [PRETAUGHT]
         with pytest.raises(FailedPrecondition, match=r"'bad' is damaged: .*truncated"):
             store.known("bad")
@@ -114,3 +135,142 @@ def test_one_that_cannot_be_loaded_says_why_until_it_can(tmp_path: Path) -> None
         assert (await store.load(known)).checksum == known.info.checksum
 
     with_store(tmp_path, use)
+
+
+# ---- Replicas, tenants, memory --------------------------------------------------------------------------------------
+
+
+def test_what_another_replica_uploads_and_deletes_is_noticed(tmp_path: Path) -> None:
+    async def use(ours: ReferenceStore, theirs: ReferenceStore) -> None:
+        for name in ("mine", "other"):
+            with pytest.raises(NotFound):
+                await theirs.find(name)
+        stored = await ours.put("mine", FILES, exist_ok=False)
+        assert (await theirs.find("mine")).info == stored.info
+        assert (await theirs.put("mine", FILES, exist_ok=True)).info == stored.info
+        with pytest.raises(AlreadyExists, match="references are immutable"):
+            await theirs.put("mine", models.reference(seed=1), exist_ok=False)
+
+        await ours.delete("mine")
+        new = await ours.put("mine", models.reference(seed=1), exist_ok=False)
+        await until(lambda: is_so(theirs, "mine", new.info.checksum))
+        await theirs.delete("mine")
+        await until(lambda: is_so(ours, "mine", ""))
+        with pytest.raises(NotFound):
+            await ours.delete("mine")
+        assert list((tmp_path / "uploads").iterdir()) == []
+
+    async def is_so(store: ReferenceStore, name: str, checksum: str) -> bool:
+        try:
+            return (await store.find(name)).info.checksum == checksum
+        except NotFound:
+            return not checksum
+
+    with_replicas(tmp_path, use)
+
+
+def test_a_listing_and_a_checksum_are_found_on_any_replica(tmp_path: Path) -> None:
+    async def use(ours: ReferenceStore, theirs: ReferenceStore) -> None:
+        stored = await ours.put("one", FILES, exist_ok=False)
+        assert (await theirs.find_checksum("one", stored.info.checksum)).name == "one"
+
+        async def listed() -> bool:
+            await theirs.refresh()
+            return [view.name for view in theirs.views()] == [PRETAUGHT, "renamed"]
+
+        await ours.put("renamed", FILES, exist_ok=False)
+        await ours.delete("one")
+        await until(listed)
+        assert (await theirs.find_checksum("one", stored.info.checksum)).name == "renamed"
+        with pytest.raises(FailedPrecondition, match="'one' is not on this service"):
+            await theirs.find_checksum("one", "f" * 64)
+
+    with_replicas(tmp_path, use)
+
+
+def test_an_upload_that_was_cut_short_is_none(tmp_path: Path) -> None:
+    folder = write_reference(tmp_path / "uploads" / "half", FILES)
+    (folder / "reference.json").unlink()  # it is written last
+
+    async def use(store: ReferenceStore) -> None:
+        with pytest.raises(NotFound):
+            await store.find("half")
+        await store.put("half", FILES, exist_ok=False)
+        assert (await store.load(store.known("half"))).name == "half"
+
+    with_store(tmp_path, use)
+
+
+def test_uploads_of_one_name_at_the_same_time(tmp_path: Path) -> None:
+    async def use(ours: ReferenceStore, theirs: ReferenceStore) -> None:
+        same = await asyncio.gather(*(store.put("same", FILES, exist_ok=True) for store in (ours, theirs)))
+        assert same[0].info == same[1].info
+        both = [store.put("one", models.reference(seed=i), exist_ok=True) for i, store in enumerate((ours, theirs))]
+        answers = await asyncio.gather(*both, return_exceptions=True)
+        kept = [answer.info.checksum for answer in answers if not isinstance(answer, BaseException)]
+        assert len(kept) < 2
+        assert all(isinstance(a, AlreadyExists | Unavailable) for a in answers if isinstance(a, BaseException))
+        if kept:  # else their files are mixed, and both have said so
+            assert (await ours.find("one")).info.checksum in kept
+
+    with_replicas(tmp_path, use)
+
+
+def test_a_tenants_references_lie_apart(tmp_path: Path) -> None:
+    async def use(ours: ReferenceStore, theirs: ReferenceStore) -> None:
+        names = ("acme", "acme/acme", "acme/config.json", "reference.json")
+        for seed, name in enumerate(names):
+            await ours.put(name, models.reference(seed=seed), exist_ok=False)
+        for name in names:
+            assert (await theirs.find(name)).info == ours.known(name).info
+        await ours.delete("acme")
+        again = ReferenceStore(tmp_path / "uploads", models_dir=None, device=CPU)
+        await again.start(Metrics())
+        assert [view.name for view in again.views()] == [*names[1:3], PRETAUGHT, names[3]]
+        for odd in ("", "/", "../uploads", "acme/", "acme/x/y", "@acme/acme", "a b"):
+            with pytest.raises(NotFound):
+                await ours.find(odd)
+            with pytest.raises(NotFound):
+                await ours.delete(odd)
+
+    with_replicas(tmp_path, use)
+
+
+def test_storage_that_fails_is_not_a_reference_that_is_not_there(tmp_path: Path) -> None:
+    async def use(ours: ReferenceStore, theirs: ReferenceStore) -> None:
+        await ours.put("mine", FILES, exist_ok=False)
+        known = await theirs.find("mine")
+        uploads = (tmp_path / "uploads").rename(tmp_path / "elsewhere")
+        (tmp_path / "uploads").write_bytes(b"in the way")
+        with pytest.raises(Unavailable, match=r"'other' can't be looked for: .*uploads"):
+            await theirs.find("other")
+        assert theirs.known("mine") == known
+        (tmp_path / "uploads").unlink()
+        uploads.rename(tmp_path / "uploads")
+        assert await theirs.find("mine") == known
+
+    with_replicas(tmp_path, use)
+
+
+def test_references_that_no_job_uses_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weighting_service.loaded.LOADED_MOST", 2)
+
+    for seed in range(4):
+        write_reference(tmp_path / f"r{seed}", models.reference(seed=seed))
+
+    async def main() -> None:
+        store = ReferenceStore(tmp_path, models_dir=None, device=CPU)
+        await store.start(Metrics(), lambda: {store.known("r0").info.checksum})
+        for name in ("r0", "r1", "r2"):
+            await store.load(store.known(name))
+        assert loaded(store) == ["r0", "r2"]  # r0 is in use, r1 was not
+        await store.load(store.known("r1"))
+        assert loaded(store) == ["r0", "r1"]
+        await store.load(store.known("r3"))
+        assert loaded(store) == ["r0", "r3"]
+        await store.stop()
+
+    def loaded(store: ReferenceStore) -> list[str]:
+        return [view.name for view in store.views() if view.loaded]
+
+    asyncio.run(main())
