@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from weighting_contract.errors import InvalidArgument
+from weighting_contract.errors import InvalidArgument, Unavailable
 from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, TokenSpec, WeighterSpec
 from weighting_service.domain import Estimator, Inputs, MetaUpdate, Scores
 from weighting_service.weighter import (
     Published,
     Weighter,
+    count_parameters,
     load_parameters,
     load_weighter,
     save_weighter,
@@ -182,6 +183,100 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
         with pytest.raises(InvalidArgument, match=text):
             weighter.load_state(tensors, broken)
     assert_same_state(weighter, taught(FEATURES, 3))
+
+
+# ---- Publishing, and states put back ---------------------------------------------------------------------------------
+
+
+def test_what_is_published_in_between_makes_no_difference() -> None:
+    weighter = Weighter(FEATURES, device=CPU)
+    for position in range(1, 8):
+        weighter.apply(position, update_of(FEATURES, position), publish=False)
+    assert (weighter.position, weighter.published.position) == (7, 0)
+    weighter.publish()
+    assert_same_state(weighter, taught(FEATURES, 7))
+    inputs = inputs_of(FEATURES, 77)
+    scores, expected = weighter.score([inputs])[0], taught(FEATURES, 7).score([inputs])[0]
+    assert scores.position == 7
+    np.testing.assert_array_equal(scores.weights, expected.weights)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_a_state_that_is_put_back_goes_on_as_it_did(spec: WeighterSpec) -> None:
+    early = taught(spec, 3)
+    stored = early.state_tensors(), json.loads(json.dumps(early.state_metadata()))
+    weighter = taught(spec, 6)
+    scored_before = weighter.published
+    weighter.restore(7, *stored)
+    assert weighter.published.position == weighter.position == 7
+    assert_same_tensors(weighter.state_tensors(), stored[0])
+    assert weighter.state_metadata() == {**stored[1], "position": 7}
+    assert weighter.published is not scored_before
+    inputs = inputs_of(spec, 77)
+    np.testing.assert_array_equal(weighter.score([inputs])[0].weights, early.score([inputs])[0].weights)
+    again = taught(spec, 6)
+    again.restore(7, *stored)
+    for each in (weighter, again):
+        advance(each, 9)
+    assert_same_state(weighter, again)
+
+
+def test_states_that_are_not_of_this_weighter_are_not_put_back() -> None:
+    assert TOKENS.tokens is not None
+    spec = replace(TOKENS, tokens=replace(TOKENS.tokens, train_encoder=False))
+    weighter = taught(spec, 2)
+    tensors, metadata = weighter.state_tensors(), weighter.state_metadata()
+    frozen = "model.encoder.model.embeddings.word_embeddings.weight"
+    with pytest.raises(InvalidArgument, match=r"'encoder\.model\.embeddings\.word.*' never learns, but in the state"):
+        weighter.restore(3, {**tensors, frozen: tensors[frozen] + 1}, metadata)
+    with pytest.raises(ValueError, match="position 5 can't be applied at 2, expected 3"):
+        weighter.restore(5, tensors, metadata)
+    assert_same_state(weighter, taught(spec, 2))
+
+
+def test_scores_go_on_while_states_are_put_back() -> None:
+    weighter = taught(FEATURES, 2)
+    stored = weighter.state_tensors(), weighter.state_metadata()
+    inputs = inputs_of(FEATURES, 500)
+    expected = weighter.score([inputs])[0].weights
+    done, failures = threading.Event(), []
+
+    def keep_scoring() -> None:
+        while not done.is_set():
+            weights = weighter.score([inputs])[0].weights
+            if not np.array_equal(weights, expected):
+                failures.append(weights)
+
+    thread = threading.Thread(target=keep_scoring)
+    thread.start()
+    for position in range(3, 53):
+        weighter.restore(position, *stored)
+    done.set()
+    thread.join(60)
+    assert failures == []
+    assert weighter.published.position == 52
+
+
+def test_a_withdrawn_weighter_scores_nothing() -> None:
+    weighter = taught(FEATURES, 2)
+    weighter.withdraw("its state is not the one that holds")
+    with pytest.raises(Unavailable, match="not the one that holds"):
+        weighter.score([inputs_of(FEATURES, 1)])
+    weighter.withdraw("")
+    assert len(weighter.score([inputs_of(FEATURES, 1)])) == 1
+
+
+# ---- Size ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_parameters_are_counted_without_making_them(spec: WeighterSpec) -> None:
+    assert count_parameters(spec) == Weighter(spec, device=CPU).parameter_count
+
+
+def test_a_size_that_no_memory_holds_can_be_counted() -> None:
+    """A million million parameters: four terabytes."""
+    assert count_parameters(replace(FEATURES, head=HeadSpec(width=1 << 19, layers=1))) > 3e12
 
 
 # ---- Skipped updates -----------------------------------------------------------------------------------------------

@@ -3,7 +3,17 @@
 The one state machine of a weighter: `score` reads its published state, `apply` moves it on by one meta-update.
 """
 
-from weighting_service.weighter.export import load_parameters, load_weighter, save_weighter, weighter_files
+from weighting_service.weighter.export import load_parameters, load_weighter, read_export, save_weighter, weighter_files
 from weighting_service.weighter.learner import Published, Weighter
+from weighting_service.weighter.model import count_parameters
 
-__all__ = ["Published", "Weighter", "load_parameters", "load_weighter", "save_weighter", "weighter_files"]
+__all__ = [
+    "Published",
+    "Weighter",
+    "count_parameters",
+    "load_parameters",
+    "load_weighter",
+    "read_export",
+    "save_weighter",
+    "weighter_files",
+]

@@ -7,6 +7,7 @@ work without it. Runs no code and fetches nothing that a config or folder names.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from weighting_service.models_dir import model_folder
 TOKENS_PER_CHUNK = 65_536  # padded; bounds the activations of one pass of the encoder
 # What a config may not choose: code from elsewhere, kernels from a hub, other weights.
 FORBIDDEN_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "quantization_config"})
+# Of these transformers makes Python objects, one each, before anybody can ask how large the model is.
+COUNTS = re.compile(r"(layer|label|group|expert|block|stage|head)s?$")
+LARGEST_COUNT = 1024
 
 
 class TokenEncoder(nn.Module):
@@ -28,21 +32,23 @@ class TokenEncoder(nn.Module):
     Args:
         spec: which encoder, and whether it learns.
         models_dir: holds the folders that `spec.pretrained` may name.
+        empty: only to look at its size: nothing is read or initialised, no sample can be encoded.
 
     Raises:
         InvalidArgument: no such encoder, or one that can't encode `spec.max_tokens` tokens.
     """
 
-    def __init__(self, spec: TokenSpec, models_dir: Path | None = None) -> None:
+    def __init__(self, spec: TokenSpec, models_dir: Path | None = None, empty: bool = False) -> None:
         super().__init__()
         field = "spec.tokens.pretrained" if spec.pretrained else "spec.tokens.encoder_config"
-        self.model = _pretrained(spec, models_dir, field) if spec.pretrained else _from_config(spec, field)
+        self.model = _pretrained(spec, models_dir, field, empty) if spec.pretrained else _from_config(spec, field)
         self.model.eval()  # dropout off, for learning too: an update must be a function of the log alone
         self.model.config.use_cache = False
         self.frozen = not spec.train_encoder
         if self.frozen:
             self.model.requires_grad_(False)
-        self._probe(spec, field)
+        if not empty:
+            self._probe(spec, field)
 
     @torch.no_grad()
     def _probe(self, spec: TokenSpec, field: str) -> None:
@@ -100,6 +106,9 @@ def _from_config(spec: TokenSpec, field: str) -> Any:
     forbidden = sorted(k for k in values if k.startswith("_") or k in FORBIDDEN_KEYS)
     if forbidden:
         raise InvalidArgument(f"{field} sets {forbidden[0]!r}, which a weighter's encoder may not choose; leave it out")
+    for name, value in values.items():
+        if COUNTS.search(name) and isinstance(value, int) and value > LARGEST_COUNT:
+            raise InvalidArgument(f"{field} sets {name!r} to {value}, expected at most {LARGEST_COUNT}")
     auto = _transformers(field)
     try:
         config = auto.AutoConfig.for_model(**values)
@@ -113,13 +122,15 @@ def _from_config(spec: TokenSpec, field: str) -> Any:
         raise InvalidArgument(f"{field} of type {values['model_type']!r} can't be built: {_first_line(exc)}") from exc
 
 
-def _pretrained(spec: TokenSpec, models_dir: Path | None, field: str) -> Any:
+def _pretrained(spec: TokenSpec, models_dir: Path | None, field: str, empty: bool) -> Any:
     folder = model_folder(spec.pretrained, models_dir, field)
     auto = _transformers(field)
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = auto.AutoConfig.from_pretrained(folder, **safe)
         _check_config(config, spec, field)
+        if empty:
+            return auto.AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
         model, report = auto.AutoModel.from_pretrained(
             folder,
             config=config,

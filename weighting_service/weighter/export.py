@@ -47,13 +47,18 @@ def load_weighter(folder: Path, *, device: torch.device | None = None) -> Weight
     Raises:
         InvalidArgument: the folder isn't a complete export; the message names the file.
     """
-    missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
-    if missing:
-        raise InvalidArgument(f"{folder} has no {missing[0]}, expected the folder of an exported weighter")
-    files = {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS)}
+    files = read_export(folder)
     weighter = Weighter(_read_spec(files), device=device or torch.device("cpu"))
     load_parameters(weighter, files)
     return weighter
+
+
+def read_export(folder: Path) -> dict[str, bytes]:
+    """The files that `load_parameters` needs. Raises InvalidArgument naming the one that the folder lacks."""
+    missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
+    if missing:
+        raise InvalidArgument(f"{folder} has no {missing[0]}, expected the folder of an exported weighter")
+    return {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS)}
 
 
 def load_parameters(weighter: Weighter, files: Mapping[str, bytes]) -> None:

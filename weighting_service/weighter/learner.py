@@ -1,8 +1,8 @@
 """The weighter: a state machine that scores batches and moves on by one meta-update at a time.
 
 Its state is a function of the spec and the updates applied, in order; on one kind of hardware, bit for bit. One thread
-at a time may call `apply`, `load_state` and the `state_` methods; any thread may call `score` meanwhile. Knows no log,
-no snapshots and no transport.
+at a time may call `apply`, `publish`, `load_state`, `restore` and the `state_` methods; any thread may call `score`
+meanwhile. Knows no log, no snapshots and no transport.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from weighting_contract.errors import InvalidArgument, Unavailable
 from weighting_contract.spec import WeighterSpec
 from weighting_service.domain import (
     Estimator,
@@ -31,13 +32,14 @@ from weighting_service.domain import (
 from weighting_service.weighter.cotangents import JobSignal, RunningMean, centred, correlation, scaled
 from weighting_service.weighter.model import DataWeightingModel, Samples
 from weighting_service.weighter.normalise import guarded, to_weights, weights_of
+from weighting_service.weighter.optimiser import AdamW, Layout, clipped
 from weighting_service.weighter.state import State, check_tensors, state_from_json, state_to_json
 from weighting_service.weighter.trust import probe_agreement
 
 
 @dataclass(frozen=True)
 class Published:
-    """A state that scores are computed from. Never changed: the next update publishes another one."""
+    """A state that scores are computed from. Never changed: a later state is published as another one."""
 
     position: int
     model: DataWeightingModel
@@ -97,20 +99,33 @@ class Weighter:
             min_effective_share=head.min_effective_share,
         )
         self._model = DataWeightingModel(spec, models_dir).to(device).eval()  # eval: no dropout, in learning neither
-        self._trainable = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        self._optimiser = self._fresh_optimiser()
-        self._averaged = self._copies()
+        learning = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        self._layout = Layout(learning)
+        self._parameters = torch.zeros(self._layout.size, device=device)  # all that learn, end to end
+        for name, view in self._layout.views(self._parameters).items():
+            view.copy_(learning[name].detach())
+            learning[name].data = view
+        self._trainable = learning
+        self._optimiser = AdamW(self._parameters, spec.learning, self._layout.matrices)
+        self._mean = self._parameters.clone()  # their running mean
+        self._scoring_model = self._model_of_mean()
         self._jobs: dict[str, JobSignal] = {}
         self._agreement = RunningMean()
-        self.published = self._snapshot(0, LearningStatistics())
+        self._position, self._statistics = 0, LearningStatistics()
+        self._moved = True  # the running mean, since it was published
+        self._withdrawn = ""
+        self.published: Published
+        self.publish()
 
     @property
     def position(self) -> int:
-        return self.published.position
+        """Of the state that learns; `published.position` is that of the one that scores."""
+        return self._position
 
     @property
     def statistics(self) -> LearningStatistics:
-        return self.published.statistics
+        """Of the state that learns."""
+        return self._statistics
 
     @property
     def parameter_count(self) -> int:
@@ -133,7 +148,12 @@ class Weighter:
         Args:
             batches: of one job or several, with the parts that the spec names (checked by the service).
             options: one for each batch; absent: full trust and the spec's guard for all.
+
+        Raises:
+            Unavailable: the weighter was withdrawn.
         """
+        if self._withdrawn:
+            raise Unavailable(self._withdrawn)
         if not batches:
             return []
         if options is None:
@@ -155,50 +175,50 @@ class Weighter:
                 results[i] = Scores(w[:samples].copy(), z[:samples].copy(), published.position, size, trusts[i])
         return [results[i] for i in range(len(batches))]
 
+    def withdraw(self, reason: str) -> None:
+        """Refuses to score from now on, as the state can't be vouched for; an empty reason lets it score again."""
+        self._withdrawn = reason
+
     def _least_share(self, options: ScoreOptions) -> float:
         given = options.min_effective_share
         return self.spec.head.min_effective_share if given is None else given
 
     # ---- Learning ---------------------------------------------------------------------------------------------------
 
-    def apply(self, position: int, update: MetaUpdate) -> None:
-        """Learns from one meta-update and publishes the state after it.
+    def apply(self, position: int, update: MetaUpdate, *, publish: bool = True) -> None:
+        """Learns from one meta-update, and publishes the state after it unless told to leave that to `publish`.
 
         An update that can't be learned from (a constant cotangent, anything not finite on the way) moves the position
         and counts as skipped; parameters, optimiser and running statistics stay as they were. One for trust alone
-        moves its job's trust and the position, and does not count as applied.
+        moves its job's trust and the position, and does not count as applied. Whether states in between are published
+        makes no difference to any later state.
 
         Raises:
             ValueError: `position` is not the next one.
         """
-        if position != self.position + 1:
-            raise ValueError(f"position {position} can't be applied at {self.position}, expected {self.position + 1}")
+        self._check_next(position)
         heard = self._hear(update)
+        lesson = None
         if heard is not None and update.trust_only:
             job = replace(self._jobs.get(update.job_id, JobSignal()), trust=heard.job.trust)
-            self.published = replace(self.published, position=position, statistics=self._with_job(update.job_id, job))
-            return
-        lesson = None if heard is None else self._learn(heard, update.estimator)
-        self._optimiser.zero_grad()  # frees the gradients' memory until the next one
-        if heard is None or lesson is None:
-            before = self.statistics
-            skipped = replace(before, updates_skipped=before.updates_skipped + 1)
-            self.published = replace(self.published, position=position, statistics=skipped)
-            return
-        self._average(self.statistics.updates_applied)
-        self._agreement = self._agreement.add(heard.agreement)
-        statistics = self._with_job(update.job_id, heard.job)
-        self.published = self._snapshot(
-            position,
-            replace(
-                statistics,
-                updates_applied=statistics.updates_applied + 1,
-                gradient_norm=lesson.gradient_norm,
-                logit_std=heard.logit_std,
-                effective_share=lesson.effective_share,
-                signal_correlation=self._agreement.mean,
-            ),
-        )
+            self._keep_job(update.job_id, job)
+        elif heard is None or (lesson := self._learn(heard, update.estimator)) is None:
+            self._statistics = replace(self._statistics, updates_skipped=self._statistics.updates_skipped + 1)
+        else:
+            self._keep(update.job_id, heard, lesson)
+        self._position = position
+        if publish:
+            self.publish()
+
+    def publish(self) -> None:
+        """Lets the state as it is score from now on."""
+        model = self._scoring_model.frozen_copy() if self._moved else self.published.model
+        self._moved = False
+        self.published = Published(self._position, model, self._statistics)
+
+    def _check_next(self, position: int) -> None:
+        if position != self._position + 1:
+            raise ValueError(f"position {position} can't be applied at {self._position}, expected {self._position + 1}")
 
     def _hear(self, update: MetaUpdate) -> _Heard | None:
         """What there is to learn; None, and nothing changed, where there is nothing or a number isn't finite."""
@@ -206,9 +226,8 @@ class Weighter:
         if not np.isfinite(update.cotangent).all() or (update.cotangent == update.cotangent[0]).all():
             return None
         samples = Samples.of([update.inputs], self.device)
-        with torch.no_grad():
-            published = self.published.model(samples)  # [B], what callers were given
-        given = published.cpu().double().numpy()
+        with torch.inference_mode():
+            given = self._scoring_model(samples).cpu().double().numpy()  # [B], as callers were given them
         if not np.isfinite(given).all():
             return None
         cotangent = centred(update.cotangent)
@@ -223,49 +242,50 @@ class Weighter:
 
     def _learn(self, heard: _Heard, estimator: Estimator) -> _Lesson | None:
         """One optimiser step; None, and nothing changed, where a number isn't finite."""
-        self._optimiser.zero_grad()
         logits = self._model(heard.samples)
-        weights, effective = weights_of(self._guard(logits), floor=self.spec.head.floor)
         cotangent = torch.from_numpy(heard.cotangent).to(self.device)
         if estimator is Estimator.SCORE_FUNCTION:
             loss = _score_function_loss(cotangent, logits, self.spec.learning.logit_penalty)
+            share = self._share(logits.detach())
         else:
+            weights, effective = weights_of(self._guard(logits), floor=self.spec.head.floor)
+            share = float(effective) / len(heard.cotangent)
             loss = (cotangent * weights).mean()  # VJP: sum_i c_i w_i / B, so that its size doesn't grow with the batch
-        loss.backward()  # type: ignore[no-untyped-call]
-        largest = self.spec.learning.max_gradient_norm
-        norm = float(nn.utils.clip_grad_norm_(self._trainable.values(), largest, foreach=True))
-        if not math.isfinite(norm) or not self._step():
+        gradient = self._gradient(loss)
+        norm = clipped(gradient, self.spec.learning.max_gradient_norm)
+        if not math.isfinite(norm) or not self._optimiser.step(gradient):
             return None
-        return _Lesson(norm, float(effective) / len(heard.cotangent))
+        return _Lesson(norm, share)
 
-    def _step(self) -> bool:
-        """An optimiser step; False, and everything as before, where a parameter would not be finite after it."""
-        saved = {p: {kind: t.clone() for kind, t in moments.items()} for p, moments in self._optimiser.state.items()}
-        before = self._copies()
-        self._optimiser.step()
-        largest = nn.utils.get_total_norm(list(self._trainable.values()), math.inf, foreach=True)  # NaN if one is
-        if bool(torch.isfinite(largest)):
-            return True
-        with torch.no_grad():
-            torch._foreach_copy_(list(self._trainable.values()), list(before.values()))
-        self._optimiser.state.clear()
-        self._optimiser.state.update(saved)
-        return False
+    def _share(self, logits: Tensor) -> float:
+        """Effective sample size / B of the weights of [B] logits: where it is active, the guard's bound."""
+        _, unguarded = self._normalise(logits, min_effective_share=0.0)
+        return max(float(unguarded) / len(logits), self.spec.head.min_effective_share)
 
-    def _fresh_optimiser(self) -> torch.optim.AdamW:
-        learning = self.spec.learning
-        decayed = [p for p in self._trainable.values() if p.ndim >= 2]
-        others = [p for p in self._trainable.values() if p.ndim < 2]  # biases, and the scales of norms
-        groups = [
-            {"params": decayed, "weight_decay": learning.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=learning.learning_rate, foreach=True)
+    def _gradient(self, loss: Tensor) -> Tensor:
+        """[parameters] of `loss`, zeros for those that it does not depend on."""
+        gradients = torch.autograd.grad(loss, list(self._trainable.values()), allow_unused=True)
+        reached = {n: g for n, g in zip(self._trainable, gradients, strict=True) if g is not None}
+        return self._layout.joined(reached, like=self._parameters)
 
-    def _with_job(self, job_id: str, job: JobSignal) -> LearningStatistics:
-        """Keeps what is known about a job from now on; returns the published statistics with it."""
+    def _keep(self, job_id: str, heard: _Heard, lesson: _Lesson) -> None:
+        """What an update that was learned from leaves behind, beside the parameters."""
+        self._average(self._statistics.updates_applied)
+        self._agreement = self._agreement.add(heard.agreement)
+        self._keep_job(job_id, heard.job)
+        self._statistics = replace(
+            self._statistics,
+            updates_applied=self._statistics.updates_applied + 1,
+            gradient_norm=lesson.gradient_norm,
+            logit_std=heard.logit_std,
+            effective_share=lesson.effective_share,
+            signal_correlation=self._agreement.mean,
+        )
+
+    def _keep_job(self, job_id: str, job: JobSignal) -> None:
         self._jobs[job_id] = job
-        return replace(self.statistics, jobs={**self.statistics.jobs, job_id: self._job_statistics(job)})
+        jobs = {**self._statistics.jobs, job_id: self._job_statistics(job)}
+        self._statistics = replace(self._statistics, jobs=jobs)
 
     def _job_statistics(self, job: JobSignal) -> JobStatistics:
         return JobStatistics(
@@ -280,63 +300,62 @@ class Weighter:
     def _average(self, updates: int) -> None:
         """Moves the running mean on; its decay grows from a tenth to `averaging`, so that it doesn't lag at first."""
         decay = min(self.spec.learning.averaging, (1 + updates) / (10 + updates)) if self.spec.learning.averaging else 0
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self._averaged.values()), list(self._trainable.values()), 1 - decay)
+        self._mean.lerp_(self._parameters, 1 - decay)
+        self._moved = True
 
-    def _copies(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self._trainable.items()}
-
-    def _snapshot(self, position: int, statistics: LearningStatistics) -> Published:
-        """The running mean of the parameters as it is now."""
+    def _model_of_mean(self) -> DataWeightingModel:
+        """A model whose parameters are the running mean itself, and move with it."""
         model = self._model.frozen_copy()
-        means = dict(model.named_parameters())
-        with torch.no_grad():
-            torch._foreach_copy_([means[name] for name in self._averaged], list(self._averaged.values()))
-        return Published(position, model, statistics)
+        parameters = dict(model.named_parameters())
+        for name, view in self._layout.views(self._mean).items():
+            parameters[name].data = view
+        return model
 
     # ---- State ------------------------------------------------------------------------------------------------------
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Copies on the CPU of parameters, buffers, running means and moments; goes with `state_metadata`."""
         tensors = {f"model.{name}": t for name, t in self._model.state_dict().items()}
-        tensors |= {f"average.{name}": t for name, t in self._averaged.items()}
-        for name, moments in self._moments().items():
-            tensors |= {f"optimiser.{kind}.{name}": moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"average.{name}": t for name, t in self._layout.views(self._mean).items()}
+        if self._optimiser.steps:
+            for kind, moments in (("exp_avg", self._optimiser.mean), ("exp_avg_sq", self._optimiser.square)):
+                tensors |= {f"optimiser.{kind}.{name}": t for name, t in self._layout.views(moments).items()}
         return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 
     def state_metadata(self) -> dict[str, Any]:
         """The rest of the state as plain JSON values."""
-        steps = {name: int(moments["step"]) for name, moments in self._moments().items()}
-        return state_to_json(State(self.position, self.statistics, dict(self._jobs), self._agreement, steps))
+        steps = dict.fromkeys(self._trainable, self._optimiser.steps) if self._optimiser.steps else {}
+        return state_to_json(State(self._position, self._statistics, dict(self._jobs), self._agreement, steps))
 
     def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Continues, bit for bit, where the state was taken. The metadata may have gone through JSON.
 
-        Not while another thread scores: parameters that never learn are shared with the published state.
+        While another thread scores, only a state whose frozen parameters and buffers are those that the weighter has:
+        they are shared with the published state.
 
         Raises:
             InvalidArgument: the state is not one of a weighter of this spec; nothing was changed then.
         """
-        state = state_from_json(metadata)
-        expected = {f"model.{name}": t for name, t in self._model.state_dict().items()}
-        if any(name.startswith("average.") for name in tensors):  # states of before there was one lack it
-            expected |= {f"average.{name}": t for name, t in self._averaged.items()}
-        known = {name: p for name, p in self._trainable.items() if name in state.optimiser_steps}
-        expected |= {f"optimiser.{kind}.{n}": p for n, p in known.items() for kind in ("exp_avg", "exp_avg_sq")}
-        check_tensors(tensors, expected, "this weighter's state")
-        self._model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-        self._optimiser = self._fresh_optimiser()
-        for name, parameter in known.items():
-            moments = {kind: tensors[f"optimiser.{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
-            self._optimiser.state[parameter] = {
-                "step": torch.tensor(float(state.optimiser_steps[name])),  # AdamW keeps it on the CPU
-                **{kind: t.to(self.device, copy=True) for kind, t in moments.items()},
-            }
-        means = {name: tensors.get(f"average.{name}", tensors[f"model.{name}"]) for name in self._averaged}
-        self._averaged = {name: t.to(self.device, copy=True) for name, t in means.items()}
-        self._jobs, self._agreement = dict(state.jobs), state.agreement
-        jobs = {job_id: self._job_statistics(job) for job_id, job in self._jobs.items()}
-        self.published = self._snapshot(state.position, replace(state.statistics, jobs=jobs))
+        state = self._checked(tensors, metadata)
+        for name, tensor in self._changed(tensors).items():
+            tensor.copy_(tensors[f"model.{name}"])
+        self._scoring_model = self._model_of_mean()
+        self._load(state, tensors)
+
+    def restore(self, position: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Puts an earlier state back as the one of `position`, the next one, and publishes it. Others may score.
+
+        Raises:
+            InvalidArgument: the state is not one of this weighter; nothing was changed then.
+            ValueError: `position` is not the next one.
+        """
+        self._check_next(position)
+        state = self._checked(tensors, metadata)
+        if changed := self._changed(tensors):
+            raise InvalidArgument(
+                f"tensor {next(iter(changed))!r} never learns, but in the state to put back it differs"
+            )
+        self._load(replace(state, position=position), tensors)
 
     def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
         """Starts from the parameters and buffers of another weighter; the optimiser and the position stay fresh.
@@ -345,17 +364,51 @@ class Weighter:
             InvalidArgument: they don't fit this weighter's spec; nothing was changed then.
             ValueError: the weighter has applied updates, which the new parameters would not follow from.
         """
-        if self.position:
-            raise ValueError(f"the weighter is at position {self.position}; only a fresh one can take other parameters")
+        if self._position:
+            raise ValueError(
+                f"the weighter is at position {self._position}; only a fresh one can take other parameters"
+            )
         check_tensors(tensors, self._model.state_dict(), "this weighter's parameters")
         self._model.load_state_dict(dict(tensors))
-        self._averaged = self._copies()
-        self.published = self._snapshot(0, self.statistics)
+        self._mean.copy_(self._parameters)
+        self._scoring_model = self._model_of_mean()
+        self._moved = True
+        self.publish()
 
-    def _moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state by parameter name; parameters that never had a gradient have none."""
-        state = self._optimiser.state
-        return {name: state[p] for name, p in self._trainable.items() if state.get(p)}
+    def _checked(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> State:
+        state = state_from_json(metadata)
+        expected = {f"model.{name}": t for name, t in self._model.state_dict().items()}
+        if any(name.startswith("average.") for name in tensors):  # states of before there was one lack it
+            expected |= {f"average.{name}": p for name, p in self._trainable.items()}
+        known = {name: p for name, p in self._trainable.items() if name in state.optimiser_steps}
+        expected |= {f"optimiser.{kind}.{n}": p for n, p in known.items() for kind in ("exp_avg", "exp_avg_sq")}
+        check_tensors(tensors, expected, "this weighter's state")
+        return state
+
+    def _changed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the model's tensors that never learn, and are others in the state; by name, as they are now."""
+        learning = {n for n, p in self._model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        fixed = {name: t for name, t in self._model.state_dict().items() if name not in learning}
+        return {name: t for name, t in fixed.items() if not torch.equal(t.cpu(), tensors[f"model.{name}"].cpu())}
+
+    @torch.no_grad()
+    def _load(self, state: State, tensors: Mapping[str, Tensor]) -> None:
+        """All that learns, and publishes it."""
+
+        def vector(prefix: str, otherwise: str = "") -> Tensor:
+            given = {n: tensors.get(f"{prefix}.{n}", tensors.get(f"{otherwise}.{n}")) for n in self._trainable}
+            return self._layout.joined({n: t for n, t in given.items() if t is not None}, like=self._parameters)
+
+        self._parameters.copy_(vector("model"))
+        self._mean.copy_(vector("average", otherwise="model"))
+        # Each step counts for all; states of before moments were one vector leave out what a step never reached.
+        steps = max(state.optimiser_steps.values(), default=0)
+        self._optimiser.restart(steps, vector("optimiser.exp_avg"), vector("optimiser.exp_avg_sq"))
+        self._jobs, self._agreement = dict(state.jobs), state.agreement
+        jobs = {job_id: self._job_statistics(job) for job_id, job in self._jobs.items()}
+        self._position, self._statistics = state.position, replace(state.statistics, jobs=jobs)
+        self._moved = True
+        self.publish()
 
 
 def _score_function_loss(cotangent: Tensor, logits: Tensor, penalty: float) -> Tensor:

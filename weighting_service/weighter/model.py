@@ -13,10 +13,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from weighting_contract.spec import HeadSpec, WeighterSpec
 from weighting_service.domain import Inputs
+from weighting_service.weighter.attention import attention
 from weighting_service.weighter.encoder import TokenEncoder
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -58,25 +58,26 @@ class DataWeightingModel(nn.Module):
     Args:
         spec: inputs and head.
         models_dir: holds the folders of pretrained token encoders.
+        device: "meta" makes a model without memory, to look at its size.
 
     Raises:
         InvalidArgument: the token encoder can't be built or loaded.
     """
 
-    def __init__(self, spec: WeighterSpec, models_dir: Path | None = None) -> None:
+    def __init__(self, spec: WeighterSpec, models_dir: Path | None = None, device: str = "cpu") -> None:
         super().__init__()
         # The CPU's generator and no other: torch.manual_seed would also reseed every CUDA device.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.default_generator.manual_seed(spec.seed)
-            self._build(spec, models_dir)
+            self._build(spec, models_dir, empty=device == "meta")
 
-    def _build(self, spec: WeighterSpec, models_dir: Path | None) -> None:
+    def _build(self, spec: WeighterSpec, models_dir: Path | None, empty: bool) -> None:
         width = spec.head.width
         features = len(spec.features.names) if spec.features else 0
         hidden = spec.features.hidden_size if spec.features else 0
         self.features = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width), nn.GELU()) if features else None
         self.hidden = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width), nn.GELU()) if hidden else None
-        self.encoder = TokenEncoder(spec.tokens, models_dir) if spec.tokens else None
+        self.encoder = TokenEncoder(spec.tokens, models_dir, empty) if spec.tokens else None
         self.tokens = (
             nn.Sequential(nn.Linear(self.encoder.width, width), nn.LayerNorm(width), nn.GELU())
             if self.encoder
@@ -130,6 +131,15 @@ class DataWeightingModel(nn.Module):
         return logits
 
 
+def count_parameters(spec: WeighterSpec, models_dir: Path | None = None) -> int:
+    """How many parameters a model of this spec has, its token encoder's included; takes no memory for them.
+
+    Raises:
+        InvalidArgument: the token encoder can't be built.
+    """
+    return sum(p.numel() for p in DataWeightingModel(spec, models_dir, device="meta").parameters())
+
+
 class Block(nn.Module):
     """Pre-LayerNorm self-attention across the samples of a batch, then an MLP. No positions: order doesn't count."""
 
@@ -154,17 +164,9 @@ class Block(nn.Module):
 
     def _attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
         jobs, samples, triple = qkv.shape
-        q, k, v = qkv.view(jobs, samples, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [J, heads, B, d] each
-        keys = None if mask is None else mask[:, None, None, :]
-        if torch.is_grad_enabled():
-            # Spelled out: fused kernels have backward passes that aren't reproducible on CUDA, and a replay must be.
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            scores = scores if keys is None else scores.masked_fill(~keys, -torch.inf)
-            mixed = scores.softmax(-1) @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
-        joined: Tensor = mixed.transpose(1, 2).reshape(jobs, samples, triple // 3)
-        return joined
+        q, k, v = qkv.transpose(1, 2).reshape(jobs, 3, self.heads, -1, samples).unbind(1)
+        mixed = attention(q, k, v, mask)  # [J, heads, d, B]
+        return mixed.reshape(jobs, triple // 3, samples).transpose(1, 2)
 
 
 def _frozen_copy(module: Module) -> Module:
@@ -172,7 +174,7 @@ def _frozen_copy(module: Module) -> Module:
     time, and there is one for every update. An encoder may keep its tensors anywhere.
     """
     if isinstance(module, TokenEncoder):
-        shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+        shared = {id(p): p for p in module.parameters()} if module.frozen else {}
         return copy.deepcopy(module, shared).requires_grad_(False)
     twin = copy.copy(module)
     twin._parameters = {

@@ -5,6 +5,8 @@ A job's trust is a factor on its logits before they get here.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -83,13 +85,16 @@ def guarded(
 @torch.no_grad()
 def _factor(scaled: Tensor, mask: Tensor | None, floor: float, min_effective_share: float) -> Tensor:
     """[..., 1], the same work whatever the companions, so that equal batches get equal factors."""
-    samples = scaled.shape[-1] if mask is None else mask.sum(-1, keepdim=True)
-    least = min_effective_share * samples
+    samples = scaled.shape[-1] if mask is None else mask.sum(-1, keepdim=True)  # [..., 1]
+    # The shares p give sum w^2 = B (f^2 + 2 f (1 - f)) + B^2 (1 - f)^2 sum p^2, which may be B / min_effective_share.
+    largest = (math.inf if min_effective_share == 0 else 1 / min_effective_share) - floor * (2 - floor)
+    bound = largest / (samples * (1 - floor) ** 2)
     mask = None if mask is None else mask[..., None, :]
 
     def admissible(factors: Tensor) -> Tensor:  # [..., K] -> [..., K]
-        tried = scaled[..., None, :] * factors[..., :, None]
-        return _effective_sample_size(_weights(tried, mask, floor)) >= least
+        shares = torch.exp(scaled[..., None, :] * factors[..., :, None])  # times their sum
+        shares = shares if mask is None else shares * mask
+        return shares.square().sum(-1) <= bound * shares.sum(-1).square()
 
     whole = torch.ones_like(scaled[..., :1])
     unguarded = admissible(whole)
