@@ -22,9 +22,10 @@ class CircuitBreaker:
     """Lets calls through until one finds the service away; then answers for it, until a trial call gets through.
 
     Closed: calls go out. A call that ends in Unavailable or DeadlineExceeded opens it for a period (jittered, doubling
-    up to a cap); ResourceExhausted opens it for the time that the service asked for. Open: calls fail at once with the
-    kind of error that opened it. Once the period is over, one trial call at a time may go out: it is made by a
-    background thread (`trial=True`), so the training loop never pays for it. Its success closes the breaker.
+    up to a cap); ResourceExhausted opens it for the time that the service asked for, or a little longer. Open: calls
+    fail at once with the kind of error that opened it. Once the period is over, one trial call at a time may go out: it
+    is made by a background thread (`trial=True`), so the training loop never pays for it. Its success closes the
+    breaker.
 
     A failure soon after closing carries on with the doubled period: a service that answers trials but hangs on real
     calls is left alone for longer and longer too. Thread-safe; shared by the jobs of a client.
@@ -101,7 +102,8 @@ class CircuitBreaker:
             now = self._clock()
             self._trial_under_way = False
             if isinstance(error, ResourceExhausted):
-                self._open_until = now + min(max(error.retry_after_s, 0.0), self._max_period_s)
+                asked_s = min(max(error.retry_after_s, 0.0), self._max_period_s)
+                self._open_until = now + asked_s * random.uniform(1.0, 1.2)  # not all that were refused in one instant
             else:
                 if not is_trial and now - self._closed_at > self._period_s:
                     self._backoff.reset()

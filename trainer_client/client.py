@@ -14,6 +14,7 @@ from protos.weighting.v1 import weighting_pb2 as pb
 from trainer_client import wire
 from trainer_client.breaker import CircuitBreaker
 from trainer_client.counters import logger
+from trainer_client.credentials import StrPath
 from trainer_client.job import Job, OnFailure
 from trainer_client.link import JobLink
 from trainer_client.settings import Limits, Timeouts
@@ -29,6 +30,11 @@ if TYPE_CHECKING:  # needs torch
 def connect(
     url: str = "grpc://localhost:50051",
     *,
+    token: StrPath | None = None,
+    ca: StrPath | None = None,
+    cert: StrPath | None = None,
+    key: StrPath | None = None,
+    insecure_token: bool = False,
     timeouts: Timeouts | None = None,
     limits: Limits | None = None,
     on_failure: OnFailure = "uniform",
@@ -36,21 +42,29 @@ def connect(
     """A client of the service at `url`. Contacts nothing yet, so it neither waits nor fails because that is away.
 
     Args:
-        url: grpc://host:port[,host:port...], http(s)://host:port, embedded:///path/to/state, or embedded (a service in
-            this process whose weighters end with it).
+        url: grpc(s)://host:port[,host:port...], http(s)://host:port, embedded:///path/to/state, or embedded (a service
+            in this process whose weighters end with it).
+        token: of the service's tokens, or the path (`Path`) of a file that holds it and is read again when it changes;
+            None: the environment variable WEIGHBRIDGE_TOKEN, "": none.
+        ca: PEM file of the CA that the service's certificate must be of; None: WEIGHBRIDGE_CA, "": the well-known ones.
+        cert, key: PEM files of the client's own certificate and its key, for services that ask for one (mTLS); None:
+            WEIGHBRIDGE_CERT and WEIGHBRIDGE_KEY, "": none.
+        insecure_token: send the token unencrypted to another machine, where the network is trusted.
         timeouts: None: `Timeouts()`, or `Timeouts.embedded()` for an embedded service.
         limits: None: `Limits()`.
         on_failure: of jobs: "uniform" trains on with uniform weights, "raise" raises, for debugging.
 
     Raises:
-        InvalidArgument: a malformed url, an unknown on_failure, or an embedded service that is not installed.
+        InvalidArgument: a malformed url, an unknown on_failure, an embedded service that is not installed, files of
+            credentials that can't be used, or a token that would travel unencrypted.
         WeighbridgeError: the state of an embedded service can't be opened, or is in use by another one.
     """
     if on_failure not in ("uniform", "raise"):
         raise InvalidArgument(f"on_failure is {on_failure!r}, expected 'uniform' or 'raise'")
     if timeouts is None:
         timeouts = Timeouts.embedded() if is_embedded(url) else Timeouts()
-    return Client(open_transport(url), timeouts=timeouts, limits=limits or Limits(), on_failure=on_failure)
+    transport = open_transport(url, token=token, ca=ca, cert=cert, key=key, insecure_token=insecure_token)
+    return Client(transport, timeouts=timeouts, limits=limits or Limits(), on_failure=on_failure)
 
 
 class Client:
@@ -88,6 +102,26 @@ class Client:
     def delete_weighter(self, name: str) -> None:
         """Deletes it with all that it learned."""
         self._call("DeleteWeighter", pb.DeleteWeighterRequest(name=name))
+
+    def share_weighter(self, name: str, tenants: Sequence[str]) -> pb.Weighter:
+        """Says which tenants may use it beside its own: "*" stands for all, none for its own alone."""
+        if isinstance(tenants, str):
+            raise InvalidArgument(f"tenants is the string {tenants!r}, expected a list of names")
+        weighter: pb.Weighter = self._call("ShareWeighter", pb.ShareWeighterRequest(name=name, tenants=list(tenants)))
+        return weighter
+
+    def rollback_weighter(
+        self, name: str, to_position: int, expected_position: int | None = None
+    ) -> pb.RollbackWeighterResponse:
+        """Puts the state of an earlier snapshot back, as a new entry of the log.
+
+        Args:
+            to_position: one of the `snapshot_positions` of `get_weighter`.
+            expected_position: of the log's end. FailedPrecondition where it is another one by now; None: wherever.
+        """
+        request = pb.RollbackWeighterRequest(name=name, to_position=to_position, expected_position=expected_position)
+        response: pb.RollbackWeighterResponse = self._call("RollbackWeighter", request)
+        return response
 
     def export_weighter(self, name: str, folder: str | Path) -> Path:
         """Writes the weighter at its applied position into `folder`, made where it is missing; returns the folder."""
@@ -224,6 +258,11 @@ class Client:
         )
         with self._jobs_lock:
             self._jobs = [j for j in self._jobs if not j.closed] + [job]
+        return job
+
+    def quarantine_job(self, job_id: str, reason: str) -> pb.Job:
+        """Keeps a job from teaching, for a reason that it is told; an empty reason lets it teach again."""
+        job: pb.Job = self._call("QuarantineJob", pb.QuarantineJobRequest(job_id=job_id, reason=reason))
         return job
 
     def close(self) -> None:

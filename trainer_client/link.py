@@ -1,4 +1,4 @@
-"""A job's way to the service: attaches the job, attaches it again where the service forgot it, keeps positions.
+"""A job's way to the service: attaches the job, and again where the service forgot or closed it; keeps positions.
 
 Every call of a job passes here: circuit breaker outside, transport inside. Knows no thread and no queue.
 """
@@ -16,15 +16,21 @@ from protos.weighting.v1 import weighting_pb2 as pb
 from trainer_client.breaker import CircuitBreaker, repeat
 from trainer_client.transports.base import Transport
 from weighting_contract.errors import (
+    JOB_CLOSED,
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
     NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
     Unavailable,
     WeighbridgeError,
 )
 
 logger = logging.getLogger(__name__)
+
+LASTING_S = 10.0
 
 
 class Deadline:
@@ -99,11 +105,12 @@ class JobLink:
             self.check()
         try:
             return self._send(method, request, timeout_s, trial)
-        except NotFound:  # a service that was restored, or whose weighter was made anew
-            self.attach(deadline.left_s())
-            return self._send(method, request, deadline.left_s())
-        except FailedPrecondition as exc:
-            if method != "MetaUpdate":  # there it is about the update, elsewhere about the job: closed, or reset
+        except (NotFound, FailedPrecondition, Unauthenticated, PermissionDenied) as exc:
+            if _lost(exc):
+                self.attach(deadline.left_s())
+                return self._send(method, request, deadline.left_s())
+            # About a meta-update it says nothing of the job; elsewhere the job was reset, or the token is not enough.
+            if method != "MetaUpdate" or isinstance(exc, Unauthenticated):
                 self._detach(exc)
             raise
 
@@ -190,9 +197,24 @@ class JobLink:
                 raise DeadlineExceeded(f"no time was left for {method}")
             try:
                 return self._transport.call(method, request, timeout_s)
-            except WeighbridgeError:
+            except WeighbridgeError as exc:
+                if method == "MetaUpdate" and lasting(exc):
+                    return exc  # learning has no room; scoring may go on, so the breaker stays closed
                 raise
             except Exception as exc:  # a bug in a transport must not end a training run
                 raise Internal(f"{method} failed in the client: {exc!r}") from exc
 
-        return self.breaker.call(attempt, trial=trial)
+        answer = self.breaker.call(attempt, trial=trial)
+        if isinstance(answer, WeighbridgeError):
+            raise answer
+        return answer
+
+
+def lasting(exc: WeighbridgeError) -> bool:
+    """Whether the service wants to be left alone for so long that an update is given up (a full disk)."""
+    return isinstance(exc, ResourceExhausted) and exc.retry_after_s > LASTING_S
+
+
+def _lost(exc: WeighbridgeError) -> bool:
+    """Whether the service has no such job (it was restored, or the weighter made anew) or closed it (it was idle)."""
+    return isinstance(exc, NotFound) or exc.message.endswith(JOB_CLOSED)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from protos.weighting.v1 import weighting_pb2 as pb
 from trainer_client.breaker import Backoff, jittered
 from trainer_client.counters import Tally
-from trainer_client.link import JobLink
+from trainer_client.link import JobLink, lasting
 from trainer_client.settings import Limits, Timeouts
 from weighting_contract.errors import DeadlineExceeded, ResourceExhausted, Unavailable, WeighbridgeError
 
@@ -176,7 +176,7 @@ class Sender:
     def _settle(self, pending: _Pending, outcome: pb.MetaUpdateResponse | WeighbridgeError) -> None:
         request = pending.request
         if isinstance(outcome, WeighbridgeError):
-            passing = isinstance(outcome, Unavailable | DeadlineExceeded | ResourceExhausted)
+            passing = isinstance(outcome, Unavailable | DeadlineExceeded | ResourceExhausted) and not lasting(outcome)
             if passing or not self._link.attached:
                 self._put_back(pending, outcome)
             else:

@@ -1,4 +1,4 @@
-"""Wraps one call of a transport: counts and times it, and turns what nobody expected into Internal with an id."""
+"""Wraps one call of a transport: counts, times and traces it, and turns what nobody expected into Internal with an id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from weighting_contract.errors import Internal, WeighbridgeError
+from weighting_service.logs import current_request_id
 from weighting_service.metrics import Metrics
+from weighting_service.tracing import TRACER
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,8 @@ def call(metrics: Metrics, method: str) -> Iterator[None]:
     started = time.monotonic()
     code = "OK"
     try:
-        yield
+        with TRACER.span(method, "SERVER", request_id=current_request_id()):
+            yield
     except (asyncio.CancelledError, GeneratorExit):
         code = "CANCELLED"
         raise
@@ -30,7 +33,7 @@ def call(metrics: Metrics, method: str) -> Iterator[None]:
         raise
     except Exception as exc:
         code = Internal.code
-        error_id = uuid.uuid4().hex[:12]
+        error_id = current_request_id() or uuid.uuid4().hex
         log.exception("error %s in %s", error_id, method)
         raise Internal(f"the service failed on this call; its log has the details under {error_id}") from exc
     finally:

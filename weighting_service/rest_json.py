@@ -60,6 +60,15 @@ class CreateWeighterBody(Body):
     initial: str = Field("", description='"pretaught": parameters of the weighter that comes with the service')
 
 
+class ShareWeighterBody(Body):
+    tenants: list[str] = Field(description='beside its own; "*": all; none: its own alone')
+
+
+class RollbackWeighterBody(Body):
+    to_position: int = Field(ge=0, le=INT64, description="of a snapshot: one of the weighter's snapshot_positions")
+    expected_position: int | None = Field(None, ge=0, le=INT64, description="of the log's end; another one is refused")
+
+
 class PutReferenceBody(Body):
     files: dict[str, str] = Field(description="the five files of a reference by name, base64")
     exist_ok: bool = False
@@ -121,6 +130,10 @@ class OpenJobBody(Body):
 
 class HeartbeatBody(Body):
     fallback_steps: int = Field(0, ge=0, le=INT64)
+
+
+class QuarantineJobBody(Body):
+    reason: str = Field("", description="shown to the job; empty: ends the quarantine")
 
 
 class ScoreBody(Body):
@@ -247,6 +260,8 @@ def weighter_json(view: WeighterView) -> dict[str, Any]:
         "jobs_open": view.jobs_open,
         "learning": _learning_json(view.learning) | {"duplicates": view.duplicates, "refused": view.refused},
         "created_unix_ms": view.record.created_unix_ms,
+        "shared_with": list(view.record.shared_with),
+        "snapshot_positions": list(view.snapshot_positions),
     }
 
 
@@ -284,4 +299,5 @@ def job_json(view: JobView) -> dict[str, Any]:
         "reference": view.record.reference,
         "reference_checksum": view.record.reference_checksum,
         "documents_checksum": view.record.documents_checksum,
+        "quarantined": view.record.quarantined,
     }

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
+from pydantic import AfterValidator
 from starlette.exceptions import HTTPException
 
-from weighting_contract.errors import InvalidArgument, Unavailable, WeighbridgeError
+from weighting_contract.errors import InvalidArgument, ResourceExhausted, Unavailable, WeighbridgeError
+from weighting_service.auth import Authenticator
 from weighting_service.calls import call
+from weighting_service.rest_door import SLASH, Door, error_response
 from weighting_service.rest_json import (
     CreateWeighterBody,
     ErrorBody,
@@ -19,9 +22,12 @@ from weighting_service.rest_json import (
     MetaUpdateBody,
     OpenJobBody,
     PutReferenceBody,
+    QuarantineJobBody,
+    RollbackWeighterBody,
     ScoreBody,
     ScoreOnceBody,
     ScoreTextsBody,
+    ShareWeighterBody,
     files_json,
     job_json,
     reference_json,
@@ -31,19 +37,34 @@ from weighting_service.rest_json import (
     weighter_json,
 )
 from weighting_service.service import WeightingService
+from weighting_service.tenancy import TenantService
 
 
-def build_app(service: WeightingService, *, max_body_bytes: int) -> FastAPI:
-    """The REST application over `service`; `/docs` shows it."""
+async def _tenant(request: Request) -> TenantService:
+    tenant: TenantService = request.state.tenant  # the door's
+    return tenant
+
+
+Tenant = Annotated[TenantService, Depends(_tenant)]
+Name = Annotated[
+    str,
+    Path(description=f"another tenant's weighter or job is owner/name, written owner{SLASH}name"),
+    AfterValidator(lambda name: name.replace(SLASH, "/")),
+]
+
+
+def build_app(service: WeightingService, *, max_body_bytes: int, auth: Authenticator) -> FastAPI:
+    """The REST application over `service`; `/docs` shows it. Health and documentation need no token."""
     app = FastAPI(
         title="Weighbridge",
         description="Learned per-sample weights for language model pretraining. Every error is "
         '`{"error": {"code", "message"}}`; weights have mean 1 over their batch.',
         version="1",
         responses={"4XX": {"model": ErrorBody, "description": "the request is wrong"}, 422: {"model": ErrorBody}},
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if auth.enabled else [],  # for the documentation alone
     )
     _add_errors(app)
-    _add_body_limit(app, max_body_bytes)
+    app.add_middleware(Door, service=service, auth=auth, max_body_bytes=max_body_bytes)
     _add_weighters(app, service)
     _add_references(app, service)
     _add_jobs(app, service)
@@ -56,56 +77,70 @@ def _add_weighters(app: FastAPI, service: WeightingService) -> None:
     metrics = service.metrics
 
     @app.post("/v1/weighters", tags=["weighters"])
-    async def create_weighter(body: CreateWeighterBody) -> dict[str, Any]:
+    async def create_weighter(tenant: Tenant, body: CreateWeighterBody) -> dict[str, Any]:
         with call(metrics, "CreateWeighter"):
-            return weighter_json(await service.create_weighter(body.name, body.spec, body.exist_ok, body.initial))
+            return weighter_json(await tenant.create_weighter(body.name, body.spec, body.exist_ok, body.initial))
 
     @app.get("/v1/weighters", tags=["weighters"])
-    async def list_weighters() -> dict[str, Any]:
+    async def list_weighters(tenant: Tenant) -> dict[str, Any]:
         with call(metrics, "ListWeighters"):
-            return {"weighters": [weighter_json(view) for view in await service.list_weighters()]}
+            return {"weighters": [weighter_json(view) for view in await tenant.list_weighters()]}
 
     @app.get("/v1/weighters/{name}", tags=["weighters"])
-    async def get_weighter(name: str) -> dict[str, Any]:
+    async def get_weighter(tenant: Tenant, name: Name) -> dict[str, Any]:
         with call(metrics, "GetWeighter"):
-            return weighter_json(await service.get_weighter(name))
+            return weighter_json(await tenant.get_weighter(name))
 
     @app.delete("/v1/weighters/{name}", tags=["weighters"])
-    async def delete_weighter(name: str) -> dict[str, Any]:
+    async def delete_weighter(tenant: Tenant, name: Name) -> dict[str, Any]:
         with call(metrics, "DeleteWeighter"):
-            await service.delete_weighter(name)
+            await tenant.delete_weighter(name)
             return {}
 
+    @app.post("/v1/weighters/{name}/share", tags=["weighters"])
+    async def share_weighter(tenant: Tenant, name: Name, body: ShareWeighterBody) -> dict[str, Any]:
+        with call(metrics, "ShareWeighter"):
+            return weighter_json(await tenant.share_weighter(name, tuple(body.tenants)))
+
+    @app.post("/v1/weighters/{name}/rollback", tags=["weighters"])
+    async def rollback_weighter(tenant: Tenant, name: Name, body: RollbackWeighterBody) -> dict[str, Any]:
+        """Puts the state of an earlier snapshot back, as a new entry of the log."""
+        with call(metrics, "RollbackWeighter"):
+            taught = await tenant.rollback_weighter(name, body.to_position, body.expected_position)
+            return {"position": taught.position, "applied_position": taught.applied_position}
+
     @app.get("/v1/weighters/{name}/export", tags=["weighters"])
-    async def export_weighter(name: str) -> dict[str, Any]:
+    async def export_weighter(tenant: Tenant, name: Name) -> dict[str, Any]:
         """Files by name, base64."""
         with call(metrics, "ExportWeighter"):
-            return {"files": files_json(await service.export_weighter(name))}
+            return {"files": files_json(await tenant.export_weighter(name))}
 
 
 def _add_references(app: FastAPI, service: WeightingService) -> None:
     metrics = service.metrics
 
     @app.put("/v1/references/{name}", tags=["references"])
-    async def put_reference(name: str, body: PutReferenceBody) -> dict[str, Any]:
+    async def put_reference(tenant: Tenant, name: Name, body: PutReferenceBody) -> dict[str, Any]:
         with call(metrics, "PutReference"):
-            return reference_json(await service.put_reference(name, body.contents(), body.exist_ok))
+            return reference_json(await tenant.put_reference(name, body.contents(), body.exist_ok))
 
     @app.get("/v1/references", tags=["references"])
-    async def list_references() -> dict[str, Any]:
+    async def list_references(tenant: Tenant) -> dict[str, Any]:
         with call(metrics, "ListReferences"):
-            return {"references": [reference_json(view) for view in await service.list_references()]}
+            return {"references": [reference_json(view) for view in await tenant.list_references()]}
 
     @app.get("/v1/references/{name}", tags=["references"])
-    async def get_reference(name: str, files: Annotated[list[str] | None, Query()] = None) -> dict[str, Any]:
+    async def get_reference(
+        tenant: Tenant, name: Name, files: Annotated[list[str] | None, Query()] = None
+    ) -> dict[str, Any]:
         """`?files=tokenizer.json` sends that file along, base64."""
         with call(metrics, "GetReference"):
-            return reference_json(await service.get_reference(name, files or ()))
+            return reference_json(await tenant.get_reference(name, files or ()))
 
     @app.delete("/v1/references/{name}", tags=["references"])
-    async def delete_reference(name: str) -> dict[str, Any]:
+    async def delete_reference(tenant: Tenant, name: Name) -> dict[str, Any]:
         with call(metrics, "DeleteReference"):
-            await service.delete_reference(name)
+            await tenant.delete_reference(name)
             return {}
 
 
@@ -113,22 +148,22 @@ def _add_scores(app: FastAPI, service: WeightingService) -> None:
     metrics = service.metrics
 
     @app.post("/v1/score", tags=["scores"])
-    async def score_texts(body: ScoreTextsBody) -> dict[str, Any]:
+    async def score_texts(tenant: Tenant, body: ScoreTextsBody) -> dict[str, Any]:
         """Weights for texts by a few example texts of the target; nothing needs to be made before."""
         with call(metrics, "ScoreTexts"):
             texts, target = tuple(body.texts), tuple(body.target)
-            return text_scores_json(await service.score_texts(texts, target, body.weighter, body.reference))
+            return text_scores_json(await tenant.score_texts(texts, target, body.weighter, body.reference))
 
     @app.post("/v1/weighters/{name}/score", tags=["scores"])
-    async def score_once(name: str, body: ScoreOnceBody) -> dict[str, Any]:
+    async def score_once(tenant: Tenant, name: Name, body: ScoreOnceBody) -> dict[str, Any]:
         """Weights for a batch of texts, token ids or feature rows, without a job."""
         with call(metrics, "ScoreOnce"):
-            return scores_json(await service.score_once(name, body.inputs.raw(), tuple(body.feature_names)))
+            return scores_json(await tenant.score_once(name, body.inputs.raw(), tuple(body.feature_names)))
 
     @app.post("/v1/jobs/{job_id}/score", tags=["scores"])
-    async def score(job_id: str, body: ScoreBody) -> dict[str, Any]:
+    async def score(tenant: Tenant, job_id: Name, body: ScoreBody) -> dict[str, Any]:
         with call(metrics, "Score"):
-            scores = await service.score(
+            scores = await tenant.score(
                 job_id,
                 body.inputs.raw(),
                 min_position=body.min_position,
@@ -138,29 +173,35 @@ def _add_scores(app: FastAPI, service: WeightingService) -> None:
             return scores_json(scores)
 
     @app.post("/v1/jobs/{job_id}/meta-updates", tags=["learning"])
-    async def meta_update(job_id: str, body: MetaUpdateBody) -> dict[str, Any]:
+    async def meta_update(tenant: Tenant, job_id: Name, body: MetaUpdateBody) -> dict[str, Any]:
         with call(metrics, "MetaUpdate"):
-            return taught_json(await service.meta_update(job_id, body.request()))
+            return taught_json(await tenant.meta_update(job_id, body.request()))
 
 
 def _add_jobs(app: FastAPI, service: WeightingService) -> None:
     metrics = service.metrics
 
     @app.post("/v1/jobs", tags=["jobs"])
-    async def open_job(body: OpenJobBody) -> dict[str, Any]:
+    async def open_job(tenant: Tenant, body: OpenJobBody) -> dict[str, Any]:
         with call(metrics, "OpenJob"):
-            return job_json(await service.open_job(body.request()))
+            return job_json(await tenant.open_job(body.request()))
 
     @app.post("/v1/jobs/{job_id}/close", tags=["jobs"])
-    async def close_job(job_id: str) -> dict[str, Any]:
+    async def close_job(tenant: Tenant, job_id: Name) -> dict[str, Any]:
         with call(metrics, "CloseJob"):
-            return job_json(await service.close_job(job_id))
+            return job_json(await tenant.close_job(job_id))
 
     @app.post("/v1/jobs/{job_id}/heartbeat", tags=["jobs"])
-    async def heartbeat(job_id: str, body: HeartbeatBody) -> dict[str, Any]:
+    async def heartbeat(tenant: Tenant, job_id: Name, body: HeartbeatBody) -> dict[str, Any]:
         with call(metrics, "Heartbeat"):
-            position, applied = await service.heartbeat(job_id, body.fallback_steps)
+            position, applied = await tenant.heartbeat(job_id, body.fallback_steps)
             return {"position": position, "applied_position": applied}
+
+    @app.post("/v1/jobs/{job_id}/quarantine", tags=["jobs"])
+    async def quarantine_job(tenant: Tenant, job_id: Name, body: QuarantineJobBody) -> dict[str, Any]:
+        """Keeps a job from teaching, or, without a reason, lets it teach again."""
+        with call(metrics, "QuarantineJob"):
+            return job_json(await tenant.quarantine_job(job_id, body.reason))
 
 
 def _add_operations(app: FastAPI, service: WeightingService) -> None:
@@ -178,15 +219,19 @@ def _add_operations(app: FastAPI, service: WeightingService) -> None:
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
-    async def metrics() -> Response:
+    async def metrics(tenant: Tenant) -> Response:
         """Prometheus text format."""
+        tenant.allow("GET /metrics")
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(WeighbridgeError)
     async def weighbridge_error(_: Request, exc: WeighbridgeError) -> JSONResponse:
-        return _error(exc.code, exc.message, exc.http_status, getattr(exc, "retry_after_s", None))
+        if not isinstance(exc, ResourceExhausted):
+            return error_response(exc.code, exc.message, exc.http_status)
+        headers = {"Retry-After": str(max(1, round(exc.retry_after_s)))}
+        return error_response(exc.code, exc.message, exc.http_status, headers, retry_after_s=exc.retry_after_s)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(_: Request, exc: RequestValidationError) -> JSONResponse:
@@ -196,32 +241,11 @@ def _add_errors(app: FastAPI) -> None:
         else:
             field = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
             message = f"{field}: {first['msg']}, given: {repr(first.get('input'))[:80]}"
-        return _error(InvalidArgument.code, message, InvalidArgument.http_status)
+        return error_response(InvalidArgument.code, message, InvalidArgument.http_status)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, exc: HTTPException) -> JSONResponse:
         code = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}.get(exc.status_code, "UNKNOWN")
-        return _error(
+        return error_response(
             code, f"{request.method} {request.url.path}: {exc.detail}; /docs lists what there is", exc.status_code
         )
-
-
-def _error(code: str, message: str, status: int, retry_after_s: float | None = None) -> JSONResponse:
-    body: dict[str, Any] = {"code": code, "message": message}
-    headers = {}
-    if retry_after_s is not None:
-        body["retry_after_s"] = retry_after_s
-        headers["Retry-After"] = str(max(1, round(retry_after_s)))
-    return JSONResponse({"error": body}, status, headers)
-
-
-def _add_body_limit(app: FastAPI, max_body_bytes: int) -> None:
-    @app.middleware("http")
-    async def body_limit(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        length = request.headers.get("content-length", "")
-        if "transfer-encoding" in request.headers:
-            return _error(InvalidArgument.code, "a body needs a Content-Length header, not a Transfer-Encoding", 411)
-        if length.isdigit() and int(length) > max_body_bytes:
-            message = f"the body has {length} bytes, this service takes at most {max_body_bytes} (--max-message-mb)"
-            return _error(InvalidArgument.code, message, 413)
-        return await call_next(request)

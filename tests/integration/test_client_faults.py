@@ -15,7 +15,7 @@ import pytest
 from scripted_service import ScriptedServer, ScriptedService, abort, wait_for
 
 from trainer_client import Client, Job, Limits, Timeouts, connect
-from weighting_contract.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable
+from weighting_contract.errors import JOB_CLOSED, DeadlineExceeded, InvalidArgument, NotFound, Unavailable
 
 FEATURES = np.array([[1.0, 5.0], [3.0, 6.0]], np.float32)
 WEIGHTS = [0.5, 1.5]  # what the scripted service makes of FEATURES
@@ -299,6 +299,36 @@ def test_overload_is_left_alone_for_as_long_as_it_asks(server: ScriptedServer) -
         assert all(job.score(FEATURES, step).fallback for step in range(30))
     assert server.service.calls["Score"] == 1
     assert job.counters.fallbacks == {"RESOURCE_EXHAUSTED": 30}
+
+
+def test_where_updates_have_no_room_weights_go_on(server: ScriptedServer) -> None:
+    server.service.before["MetaUpdate"] = abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "disk full", retry_after_s="30")
+    client, job = open_job(server.url)
+    with client, job:
+        for step in range(3):
+            assert job.score(FEATURES, step).weights.tolist() == WEIGHTS
+            job.meta_update(COTANGENT, FEATURES, step)
+        assert job.flush()
+        assert (job.counters.updates_refused, job.counters.updates_dropped) == (3, 0)
+        del server.service.before["MetaUpdate"]
+        job.meta_update(COTANGENT, FEATURES, 3)
+        assert job.flush()
+    assert (job.counters.updates_acknowledged, job.counters.fallback_steps) == (1, 0)
+
+
+def test_a_job_that_was_closed_is_opened_again_within_the_call(server: ScriptedServer) -> None:
+    def closed(request: Any, context: grpc.ServicerContext) -> None:
+        if server.service.calls["OpenJob"] == 1:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"job 'x' {JOB_CLOSED}")
+
+    client, job = open_job(server.url)
+    with client, job:
+        server.service.before["MetaUpdate"] = closed
+        job.meta_update(COTANGENT, FEATURES, 0)
+        assert job.flush()
+        assert job.score(FEATURES, 1).weights.tolist() == WEIGHTS
+    assert server.service.calls["OpenJob"] == 2
+    assert (job.counters.updates_acknowledged, job.counters.updates_refused, job.counters.fallback_steps) == (1, 0, 0)
 
 
 def test_weights_again_after_overload(server: ScriptedServer) -> None:

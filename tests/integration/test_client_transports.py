@@ -289,10 +289,13 @@ def test_a_job_that_was_closed_elsewhere_goes_on(client: Client, name: str) -> N
     with client.open_job(weighter=name) as job:
         with client.open_job(job.job_id, weighter=name):
             pass
-        with pytest.raises(FailedPrecondition, match="closed"):
-            job.score(FEATURES, 0)
-        job.load_state_dict(job.state_dict())
-        assert not job.score(FEATURES, 1).fallback
+        assert not job.score(FEATURES, 0).fallback
+        with client.open_job(job.job_id, weighter=name):
+            pass
+        job.meta_update(COTANGENT, FEATURES, 0)
+        assert job.flush()
+        assert (job.counters.updates_acknowledged, job.counters.updates_refused, job.last_position) == (1, 0, 1)
+        assert client.get_weighter(name).jobs_open == 1
 
 
 def test_exports_files(client: Client, name: str, tmp_path: Path) -> None:

@@ -247,6 +247,21 @@ def test_a_mistake_gets_one_clear_sentence(shared_stub: Any, mistake: str) -> No
     assert weighter.position == 0  # no mistake reaches the log
 
 
+@pytest.mark.parametrize("method", ["Score", "StreamScore", "WatchWeighter"])
+def test_bytes_that_are_no_message(service: Any, method: str) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{service.grpc_port}") as channel:
+        path = f"/weighting.v1.WeightingService/{method}"
+        calls = {
+            "Score": lambda: channel.unary_unary(path)(b"\xff"),
+            "StreamScore": lambda: list(channel.stream_stream(path)(iter([b"\xff"]))),
+            "WatchWeighter": lambda: list(channel.unary_stream(path)(b"\xff")),
+        }
+        with pytest.raises(grpc.RpcError) as error:
+            calls[method]()
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "the request is no" in error.value.details()
+
+
 def test_batch_over_the_limit(shared_stub: Any) -> None:
     with pytest.raises(grpc.RpcError) as error:
         score(features(rows(101)))(shared_stub)

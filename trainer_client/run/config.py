@@ -63,7 +63,12 @@ class RunConfig:
     lr_schedule: str = _flag("constant", "after the warm-up: constant, or a cosine to a tenth", LR_SCHEDULES)
     seed: int = _flag(0, "of parameters, data order and validation draws", least=0, most=2**32 - 1)
 
-    weighter: str = _flag("embedded", "embedded, embedded:///STATE, grpc://HOST:PORT or http://HOST:PORT")
+    weighter: str = _flag("embedded", "embedded, embedded:///STATE, grpc(s)://HOST:PORT or http(s)://HOST:PORT")
+    token_file: str = _flag("", "file of the service's token (default: the token in WEIGHBRIDGE_TOKEN, or none)")
+    ca: str = _flag("", "PEM file of the CA of the service's certificate (default: WEIGHBRIDGE_CA, or the usual ones)")
+    cert: str = _flag("", "PEM file of a certificate of one's own (default: WEIGHBRIDGE_CERT, or none)")
+    key: str = _flag("", "PEM file of its key (default: WEIGHBRIDGE_KEY)")
+    insecure_token: bool = _flag(False, "send the token unencrypted to another machine, where the network is trusted")
     weighter_name: str = _flag("default", "name of the weighter; it is created where it does not exist")
     weighter_from: str = _flag("pretaught", "what the weighter starts from: pretaught, or none (fresh)", BEGINNINGS)
     role: str = _flag("learn", "learn: it is taught by this run; frozen: it only scores", ROLES)
@@ -168,6 +173,17 @@ class RunConfig:
         """Plain JSON values, without what only concerns the start (resume, overwrite)."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("resume", "overwrite")}
 
+    @property
+    def credentials(self) -> dict[str, Any]:
+        """What `connect` shows the service; what is not given may be in the environment."""
+        return {
+            "token": Path(self.token_file) if self.token_file else None,
+            "ca": self.ca or None,
+            "cert": self.cert or None,
+            "key": self.key or None,
+            "insecure_token": self.insecure_token,
+        }
+
     def cadence(self, variant: Variant) -> Cadence:
         """The steps in which the weighter of a variant is taught. Inside a batch it is not in a hurry."""
         return Cadence(self.meta_every, self.meta_first if variant.selects else 0)
@@ -185,7 +201,8 @@ class RunConfig:
 
 
 # May differ between the two halves of a resumed run. Device and threads may not: sums would round differently.
-_FREE_ON_RESUME = ("out", "resume", "overwrite", "checkpoint_every", "weighter", "on_failure")
+_CREDENTIALS = ("token_file", "ca", "cert", "key", "insecure_token")
+_FREE_ON_RESUME = ("out", "resume", "overwrite", "checkpoint_every", "weighter", "on_failure", *_CREDENTIALS)
 
 
 def flag(name: str) -> str:

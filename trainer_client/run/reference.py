@@ -144,7 +144,7 @@ def _of_files(files: dict[str, bytes], trained: bool = False) -> RunReference:
 def _of_service(config: RunConfig) -> RunReference:
     what = f"--reference {config.reference}"
     try:
-        with connect(config.weighter) as client:
+        with connect(config.weighter, **config.credentials) as client:
             found = client.get_reference(config.reference, _ASKED_FOR)
     except NotFound as exc:
         raise InvalidArgument(f"{what} is neither a folder nor known to the service: {exc.message}") from exc

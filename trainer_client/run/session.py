@@ -43,7 +43,7 @@ def check_service(config: RunConfig, reference: RunReference | None) -> None:
     A service that is away is only a mistake with `on_failure="raise"`. An embedded one without a folder of its own is a
     fresh one.
     """
-    with connect(config.weighter) as client:
+    with connect(config.weighter, **config.credentials) as client:
         try:
             for variant in config.variants:
                 if variant.learned:
@@ -76,7 +76,9 @@ class WeighterSession:
         """Raises WeighbridgeError where a job is refused; a service that is away only costs the weighter's word."""
         self._config, self._variant = config, variant
         self._client: Client = connect(
-            _url(config, workspace), on_failure="raise" if config.on_failure == "raise" else "uniform"
+            _url(config, workspace),
+            **config.credentials,
+            on_failure="raise" if config.on_failure == "raise" else "uniform",
         )
         self.selecting: Job | None = None
         self.weighing: Job | None = None

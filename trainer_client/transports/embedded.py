@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from protos.weighting.v1 import weighting_pb2 as pb
+from trainer_client.tracing import TRACER
 from trainer_client.transports.base import Transport
 from weighting_contract.errors import InvalidArgument, Unavailable
 
@@ -37,7 +38,8 @@ class EmbeddedTransport(Transport):
     def call(self, method: str, request: Message, timeout_s: float) -> Any:
         if self._closed:
             raise Unavailable("the client is closed")
-        return self._service.call(method, request, timeout_s)
+        with TRACER.span(method, "CLIENT"):  # the service's event loop takes the trace over with the context
+            return self._service.call(method, request, timeout_s)
 
     def watch(self, name: str) -> Iterator[pb.Weighter]:
         yield from self._service.watch(name)

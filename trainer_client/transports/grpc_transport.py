@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from google.protobuf.message import Message
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceStub
+from trainer_client.credentials import Credentials
+from trainer_client.tracing import TRACER
 from trainer_client.transports.base import MAX_MESSAGE_BYTES, Transport
 from weighting_contract.errors import (
     BY_CODE,
@@ -25,7 +28,12 @@ from weighting_contract.errors import (
 RETRY_AFTER_KEY = "retry-after-s"  # trailing metadata of RESOURCE_EXHAUSTED
 LEAST_TIMEOUT_S = 0.001  # gRPC takes a timeout of 0 for none
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+# A name may stand for several services: each channel takes one of them at random and stays with it.
+SERVICE_CONFIG = {"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": True}}]}
+
+CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    ("grpc.dns_min_time_between_resolutions_ms", 5_000),  # services come and go faster than gRPC's 30 s
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Only a call that is under way (WatchWeighter) is kept alive; idle connections are left to the service.
@@ -41,12 +49,28 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 class GrpcTransport(Transport):
-    """Calls the first of `addresses` (host:port) that is there, and stays with it until it isn't."""
+    """Calls the first of `addresses` (host:port) that is there, and stays with it until it isn't.
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    Args:
+        addresses: tried in this order; each may be a name that stands for several services.
+        credentials: the token goes with each call, what TLS needs into the connections.
+        encrypted: TLS, or nothing of it.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str], credentials: Credentials | None = None, *, encrypted: bool = False
+    ) -> None:
+        self._credentials = credentials or Credentials()
+        self._scheme = "grpcs" if encrypted else "grpc"
         self._addresses = list(addresses)
-        self._channels = [grpc.insecure_channel(a, options=CHANNEL_OPTIONS) for a in self._addresses]
+        if encrypted:
+            ca, cert, key = self._credentials.tls.read()
+            secrets = grpc.ssl_channel_credentials(ca, key, cert)
+            self._channels = [grpc.secure_channel(a, secrets, options=CHANNEL_OPTIONS) for a in self._addresses]
+        else:
+            self._channels = [grpc.insecure_channel(a, options=CHANNEL_OPTIONS) for a in self._addresses]
         self._stubs = [WeightingServiceStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
+        self._answered = [False] * len(self._addresses)  # each one's last call
         self._current = 0
 
     def call(self, method: str, request: Message, timeout_s: float) -> Any:
@@ -55,22 +79,25 @@ class GrpcTransport(Transport):
             raise InvalidArgument(f"{method} takes {size} bytes, but a message has at most {MAX_MESSAGE_BYTES}")
         deadline = time.monotonic() + timeout_s
         failure: WeighbridgeError | None = None
-        for index in self._order():
+        attempts = self._attempts()
+        for made, index in enumerate(attempts):
+            shares = self._shares(index, len(attempts) - made)
             try:
-                return self._call_one(index, method, request, deadline)
-            except Unavailable as exc:  # every call of the contract is idempotent, so the next address may have it
+                with TRACER.span(method, "CLIENT", address=self._addresses[index]):
+                    return self._call_one(index, method, request, (deadline - time.monotonic()) / shares)
+            except (Unavailable, DeadlineExceeded) as exc:
+                # Every call of the contract is idempotent, so the next address may have it.
                 failure = failure or exc
                 self._current = (index + 1) % len(self._addresses)
-            except DeadlineExceeded as exc:
-                self._current = (index + 1) % len(self._addresses)
-                raise failure or exc from exc
+                if isinstance(exc, DeadlineExceeded) and shares == 1:
+                    break
         assert failure is not None
         raise failure
 
     def watch(self, name: str) -> Iterator[pb.Weighter]:
         index = self._current
         try:
-            call = self._stubs[index].WatchWeighter(pb.WatchWeighterRequest(name=name))
+            call = self._stubs[index].WatchWeighter(pb.WatchWeighterRequest(name=name), metadata=self._metadata())
         except ValueError as exc:
             raise Unavailable("the client is closed") from exc
         try:
@@ -84,23 +111,38 @@ class GrpcTransport(Transport):
         for channel in self._channels:
             channel.close()
 
-    def _order(self) -> list[int]:
+    def _attempts(self) -> list[int]:
+        """Whom to ask, one after the other. A single name twice: the second time another of its services may answer."""
         first, count = self._current, len(self._addresses)
-        return [(first + i) % count for i in range(count)]
+        return [(first + i) % count for i in range(count)] if count > 1 else [first, first]
 
-    def _call_one(self, index: int, method: str, request: Message, deadline: float) -> Any:
-        timeout_s = max(deadline - time.monotonic(), LEAST_TIMEOUT_S)
+    def _shares(self, index: int, attempts_left: int) -> int:
+        """Into how many the time left is parted: one that answered before gets it all, so that a slow answer is waited
+        for; one that may be a black hole leaves something for the others."""
+        return 1 if self._answered[index] or len(self._addresses) == 1 else attempts_left
+
+    def _call_one(self, index: int, method: str, request: Message, timeout_s: float) -> Any:
+        timeout_s = max(timeout_s, LEAST_TIMEOUT_S)
         try:
-            return getattr(self._stubs[index], method)(request, timeout=timeout_s)
+            answer = getattr(self._stubs[index], method)(request, timeout=timeout_s, metadata=self._metadata())
         except grpc.RpcError as exc:
-            raise self._error(exc, method, index) from exc
+            error = self._error(exc, method, index)
+            self._answered[index] = not isinstance(error, Unavailable | DeadlineExceeded)
+            raise error from exc
         except ValueError as exc:  # "Cannot invoke RPC on closed channel!"
             raise Unavailable("the client is closed") from exc
+        self._answered[index] = True
+        return answer
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        authorization = self._credentials.authorization()
+        shown = (("authorization", authorization),) if authorization else ()
+        return shown + tuple(TRACER.headers().items())
 
     def _error(self, exc: grpc.RpcError, method: str, index: int) -> WeighbridgeError:
         assert isinstance(exc, grpc.Call)  # what stubs raise is both
         code, details = exc.code().name, exc.details() or ""
-        where = f"the weighting service at grpc://{self._addresses[index]}"
+        where = f"the weighting service at {self._scheme}://{self._addresses[index]}"
         if code in ("UNAVAILABLE", "CANCELLED"):
             return Unavailable(f"{where} is not reachable or not ready ({method}): {details or 'cancelled'}")
         if code == "DEADLINE_EXCEEDED":

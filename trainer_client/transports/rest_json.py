@@ -139,6 +139,11 @@ def _put_reference(request: Any) -> Route:
     return Route("PUT", _reference_path(body.pop("name")), body, _read(pb.Reference))
 
 
+def _weighter_route(request: Any, action: str, read: Callable[[dict[str, Any]], Message]) -> Route:
+    body = to_json(request)
+    return Route("POST", f"{_weighter_path(body.pop('name'))}/{action}", body, read)
+
+
 def _job_route(request: Any, action: str, read: Callable[[dict[str, Any]], Message]) -> Route:
     body = to_json(request)
     return Route("POST", f"/v1/jobs/{quote(body.pop('job_id'), safe='')}/{action}", body, read)
@@ -149,6 +154,8 @@ ROUTES: dict[str, Callable[[Any], Route]] = {
     "GetWeighter": lambda r: Route("GET", _weighter_path(r.name), None, _read(pb.Weighter)),
     "ListWeighters": lambda r: Route("GET", "/v1/weighters", None, _read(pb.ListWeightersResponse)),
     "DeleteWeighter": lambda r: Route("DELETE", _weighter_path(r.name), None, _read(pb.DeleteWeighterResponse)),
+    "ShareWeighter": lambda r: _weighter_route(r, "share", _read(pb.Weighter)),
+    "RollbackWeighter": lambda r: _weighter_route(r, "rollback", _read(pb.RollbackWeighterResponse)),
     "ExportWeighter": lambda r: Route("GET", f"{_weighter_path(r.name)}/export", None, _read_files),
     "PutReference": _put_reference,
     "GetReference": lambda r: Route("GET", _reference_path(r.name, r.files), None, _read(pb.Reference)),
@@ -157,6 +164,7 @@ ROUTES: dict[str, Callable[[Any], Route]] = {
     "OpenJob": lambda r: Route("POST", "/v1/jobs", to_json(r), _read(pb.Job)),
     "CloseJob": lambda r: _job_route(r, "close", _read(pb.Job)),
     "Heartbeat": lambda r: _job_route(r, "heartbeat", _read(pb.HeartbeatResponse)),
+    "QuarantineJob": lambda r: _job_route(r, "quarantine", _read(pb.Job)),
     "Score": lambda r: _job_route(r, "score", _read_score),
     "MetaUpdate": lambda r: _job_route(r, "meta-updates", _read(pb.MetaUpdateResponse)),
 }

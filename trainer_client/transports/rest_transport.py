@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ import httpx
 from google.protobuf.message import Message
 
 from protos.weighting.v1 import weighting_pb2 as pb
+from trainer_client.credentials import Credentials
+from trainer_client.tracing import TRACER
 from trainer_client.transports import rest_json
 from trainer_client.transports.base import MAX_MESSAGE_BYTES, Transport
 from weighting_contract.errors import (
@@ -35,13 +38,15 @@ BY_STATUS: dict[int, type[WeighbridgeError]] = {kind.http_status: kind for kind 
 class RestTransport(Transport):
     """Calls the REST API below `base_url`."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, credentials: Credentials | None = None) -> None:
         self._base_url = base_url
-        self._client = httpx.Client(base_url=base_url)
+        self._credentials = credentials or Credentials()
+        self._client = httpx.Client(base_url=base_url, verify=_context(base_url, self._credentials))
 
     def call(self, method: str, request: Message, timeout_s: float) -> Any:
         route = rest_json.ROUTES[method](request)
-        return route.read(self._exchange(method, route, time.monotonic() + timeout_s))
+        with TRACER.span(method, "CLIENT", address=self._base_url):
+            return route.read(self._exchange(method, route, time.monotonic() + timeout_s))
 
     def watch(self, name: str) -> Iterator[pb.Weighter]:
         seen = -1
@@ -85,7 +90,9 @@ class RestTransport(Transport):
 
     def _send_once(self, route: rest_json.Route, deadline: float) -> tuple[int, bytes]:
         content = None if route.body is None else _encode(route.body)
-        headers = None if content is None else {"content-type": "application/json"}
+        headers = TRACER.headers() | ({} if content is None else {"content-type": "application/json"})
+        if authorization := self._credentials.authorization():
+            headers["authorization"] = authorization
         extensions = {"timeout": _TimeLeft(deadline)}
         with self._client.stream(
             route.verb, route.path, content=content, headers=headers, extensions=extensions
@@ -96,6 +103,17 @@ class RestTransport(Transport):
                 if time.monotonic() > deadline:
                     raise TimeoutError
             return response.status_code, b"".join(chunks)
+
+
+def _context(base_url: str, credentials: Credentials) -> ssl.SSLContext:
+    """Trusts the CA that was given and no other, else those that httpx trusts."""
+    tls = credentials.tls
+    if tls.ca is None and base_url.startswith("https:"):
+        context = httpx.create_ssl_context()  # reads many CAs, which takes a while
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts none so far
+    tls.load_into(context)
+    return context
 
 
 class _TimeLeft(dict[str, float]):
