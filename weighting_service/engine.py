@@ -1,8 +1,7 @@
 """The scoring thread: owns the device for forward passes, batches Score calls, refuses overload at once.
 
-Calls wait in one queue a job and are taken from the jobs in turn, so that a noisy job waits behind its own calls, not
-in front of everybody's. One pass takes calls up to a budget of samples and tokens: those that share a reference,
-whatever their weighters, or else those of one weighter. Knows references, weighters and plain data; no I/O, no asyncio.
+Whose turn it is and how much a pass takes is `call_queue`'s to say. The calls of a pass share a reference, whatever
+their weighters, or else a weighter. Knows references, weighters and plain data; no I/O, no asyncio.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,22 +19,16 @@ import torch
 from torch import Tensor
 
 from weighting_contract.columns import batch_columns
-from weighting_contract.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from weighting_contract.errors import FailedPrecondition, Unavailable
+from weighting_service.call_queue import CallQueue, EngineLimits, QueuedCall
 from weighting_service.domain import Inputs, ScoreOptions, Scores
 from weighting_service.reference import PackReport, Reference
+from weighting_service.tracing import TRACER, record_pass
 from weighting_service.weighter import Weighter
 
+__all__ = ["Engine", "EngineLimits", "PassReport", "TokenRows"]
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """Bounds of the queue and of one pass."""
-
-    queued_calls: int = 256
-    queued_samples: int = 262_144
-    samples_per_pass: int = 8192
-    tokens_per_pass: int = 65_536  # a single call that is larger still runs, alone
 
 
 @dataclass(frozen=True)
@@ -83,30 +75,37 @@ class PassReport:
     packing: PackReport | None = None
 
 
-@dataclass
-class _Call:
+@dataclass(eq=False, kw_only=True)
+class _Call(QueuedCall):
     weighter: Weighter
     batch: Inputs | TokenRows
     options: ScoreOptions
-    future: Future[Scores]
-    queued_at: float = field(default_factory=time.monotonic)
+    trace: object | None  # where its caller is in it
 
-    @property
-    def pass_key(self) -> Reference | Weighter:
-        """Calls of one pass agree in it."""
-        return self.batch.reference if isinstance(self.batch, TokenRows) else self.weighter
+
+def _call(queue: str, weighter: Weighter, batch: Inputs | TokenRows, options: ScoreOptions) -> _Call:
+    reference = batch.reference if isinstance(batch, TokenRows) else None
+    return _Call(
+        queue,
+        reference or weighter,
+        batch.samples,
+        batch.token_count,
+        Future(),
+        reference.tokens_per_pack if reference else 0,  # less than one pack would leave the device idle
+        weighter=weighter,
+        batch=batch,
+        options=options,
+        trace=TRACER.current(),
+    )
 
 
 class Engine:
     """Runs Score calls on one thread. `start` before use; `stop` answers what is queued with Unavailable."""
 
-    def __init__(self, limits: EngineLimits = EngineLimits(), on_pass: Callable[[PassReport], None] | None = None):
-        self._limits = limits
+    def __init__(self, limits: EngineLimits | None = None, on_pass: Callable[[PassReport], None] | None = None):
         self._on_pass = on_pass
-        self._queues: OrderedDict[str, deque[_Call]] = OrderedDict()
+        self._queue: CallQueue[_Call] = CallQueue(limits or EngineLimits())
         self._pings: list[Future[None]] = []
-        self._calls = 0
-        self._samples = 0
         self._stopping = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="weighbridge-engine", daemon=True)
@@ -123,12 +122,17 @@ class Engine:
 
     @property
     def queued_calls(self) -> int:
-        return self._calls
+        return self._queue.calls
+
+    def retry_after_s(self) -> float:
+        """When what waits now should be done, by the speed of the last passes."""
+        return self._queue.retry_after_s()
 
     def score(self, queue: str, weighter: Weighter, batch: Inputs | TokenRows, options: ScoreOptions) -> Future[Scores]:
         """The scores of one batch, soon; with the reference's statistics where it came as token rows.
 
-        Cancelling the future drops the call if it has not reached the device.
+        Cancelling the future drops the call if it has not reached the device. It fails with ResourceExhausted where the
+        call had to make room for others, or waited for too long.
 
         Args:
             queue: whose turn the call waits for, such as a job's id.
@@ -137,23 +141,13 @@ class Engine:
             ResourceExhausted: the queue is full.
             Unavailable: the engine is stopping.
         """
-        future: Future[Scores] = Future()
+        call = _call(queue, weighter, batch, options)
         with self._changed:
             if self._stopping:
                 raise Unavailable("the service is stopping; use another one or try again when it is back")
-            if self._calls >= self._limits.queued_calls or (
-                self._calls and self._samples + batch.samples > self._limits.queued_samples
-            ):
-                raise ResourceExhausted(
-                    f"{self._calls} calls with {self._samples} samples are waiting to be scored, as many as this "
-                    "service queues; try again shortly or add a service",
-                    retry_after_s=1.0,
-                )
-            self._queues.setdefault(queue, deque()).append(_Call(weighter, batch, options, future))
-            self._calls += 1
-            self._samples += batch.samples
+            self._queue.add(call)
             self._changed.notify()
-        return future
+        return call.future
 
     def ping(self) -> Future[None]:
         """Resolves when the thread has come round: liveness."""
@@ -170,11 +164,11 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._calls or self._pings)
+                self._changed.wait_for(lambda: self._stopping or self._queue.calls or self._pings)
                 pings, self._pings = self._pings, []
                 if self._stopping:
-                    self._refuse_all()
-                calls = self._take()
+                    self._queue.refuse_all("the service stopped before the batch was scored")
+                calls = self._queue.take()
                 stopping = self._stopping
             for ping in pings:
                 if ping.set_running_or_notify_cancel():
@@ -182,61 +176,16 @@ class Engine:
             if stopping:
                 return
             if calls:
+                started = time.monotonic()
                 self._pass(calls)
-
-    def _take(self) -> list[_Call]:
-        """Calls for one pass: of one key, from the jobs in turn, within the budget; no cancelled ones.
-
-        Who gives a call goes to the end of the line; who can't, for now, keeps the place and is first in a later pass.
-        """
-        taken: list[_Call] = []
-        samples = tokens = 0
-        turns = deque(self._queues)
-        while turns:
-            queue = turns.popleft()
-            call = self._queues[queue][0]
-            fits = (
-                samples + call.batch.samples <= self._limits.samples_per_pass
-                and tokens + call.batch.token_count <= self._token_budget(call)
-            )
-            if taken and (call.pass_key is not taken[0].pass_key or not fits) and not call.future.cancelled():
-                continue
-            self._drop_first(queue)
-            if queue in self._queues:
-                turns.append(queue)
-            if call.future.set_running_or_notify_cancel():
-                if queue in self._queues:
-                    self._queues.move_to_end(queue)
-                taken.append(call)
-                samples += call.batch.samples
-                tokens += call.batch.token_count
-        return taken
-
-    def _token_budget(self, call: _Call) -> int:
-        """Less than one of the reference's packs would leave the device idle."""
-        pack = call.batch.reference.tokens_per_pack if isinstance(call.batch, TokenRows) else 0
-        return max(self._limits.tokens_per_pass, pack)
-
-    def _drop_first(self, queue: str) -> None:
-        call = self._queues[queue].popleft()
-        self._calls -= 1
-        self._samples -= call.batch.samples
-        if not self._queues[queue]:
-            del self._queues[queue]
-
-    def _refuse_all(self) -> None:
-        for queue in self._queues.values():
-            for call in queue:
-                if call.future.set_running_or_notify_cancel():
-                    call.future.set_exception(Unavailable("the service stopped before the batch was scored"))
-        self._queues.clear()
-        self._calls = self._samples = 0
+                with self._changed:
+                    self._queue.finished(calls, time.monotonic() - started)
 
     def _pass(self, calls: list[_Call]) -> None:
         """Features of all calls that a reference makes them for, then the scores of each weighter's calls."""
         started = time.monotonic()
         reference, reference_s, packing = "", 0.0, None
-        key = calls[0].pass_key
+        key = calls[0].key
         ready = [(call, call.batch) for call in calls if isinstance(call.batch, Inputs)]
         if isinstance(key, Reference):
             ready, packing = _with_features(key, calls)
@@ -245,12 +194,14 @@ class Engine:
         for call, inputs in ready:
             groups.setdefault(id(call.weighter), []).append((call, inputs))
         device_s = reference_s + sum(_score(group) for group in groups.values())
+        samples, tokens = sum(call.samples for call in calls), sum(call.tokens for call in calls)
+        record_pass([(call.trace, call.queued_at) for call in calls], started, samples, tokens)
         if self._on_pass:
             self._on_pass(
                 PassReport(
                     calls=len(calls),
-                    samples=sum(call.batch.samples for call in calls),
-                    tokens=sum(call.batch.token_count for call in calls),
+                    samples=samples,
+                    tokens=tokens,
                     device_s=device_s,
                     longest_wait_s=started - min(call.queued_at for call in calls),
                     reference=reference,

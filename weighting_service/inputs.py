@@ -11,6 +11,9 @@ from weighting_contract.errors import InvalidArgument
 from weighting_contract.spec import WeighterSpec, check_text
 from weighting_service.domain import Inputs, RawInputs
 
+LARGEST_FEATURE = 1e15  # beyond it squares in the weighter's first layers could overflow float32: it tells none apart
+LARGEST_COTANGENT = 1e12  # no derivative of a loss by a weight is that large; its square, summed, is far from overflow
+
 Tokenize = Callable[[tuple[str, ...]], list[list[int]]]
 
 
@@ -79,10 +82,13 @@ def _floats(array: np.ndarray | None, field: str, width: int, source: str) -> np
         raise InvalidArgument(f"{field} has no rows; a batch needs at least one sample")
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(array, dtype=np.float32)
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row, column = (int(i) for i in np.argwhere(bad)[0])
-        raise InvalidArgument(f"{field}[{row}, {column}] is {array[row, column]}, expected a finite float32")
+    size = np.abs(values)
+    if not size.max() <= LARGEST_FEATURE:  # NaN is not
+        row, column = (int(i) for i in np.argwhere(~(size <= LARGEST_FEATURE))[0])
+        given = f"{field}[{row}, {column}] is {array[row, column]}"
+        if not np.isfinite(values[row, column]):
+            raise InvalidArgument(f"{given}, expected a finite float32").because("not_finite")
+        raise InvalidArgument(f"{given}, expected at most {LARGEST_FEATURE:g} in size").because("absurd")
     return values
 
 
@@ -227,7 +233,11 @@ def _from_ids(tokens: np.ndarray, lengths: np.ndarray | None) -> tuple[np.ndarra
 
 
 def check_cotangent(cotangent: np.ndarray, samples: int) -> np.ndarray:
-    """The cotangent as float32 [B]. Raises InvalidArgument where it can't teach: wrong shape, not finite, constant."""
+    """The cotangent as float32 [B].
+
+    Raises:
+        InvalidArgument: it can't teach: wrong shape, not finite, absurdly large, or constant.
+    """
     if cotangent.dtype.kind != "f" or cotangent.shape != (samples,):
         raise InvalidArgument(
             f"cotangent is {cotangent.dtype.name} of shape {list(cotangent.shape)}, expected floats of [{samples}], "
@@ -237,12 +247,16 @@ def check_cotangent(cotangent: np.ndarray, samples: int) -> np.ndarray:
         values = np.ascontiguousarray(cotangent, dtype=np.float32)
     if not np.isfinite(values).all():
         i = int(np.argmin(np.isfinite(values)))
-        raise InvalidArgument(f"cotangent[{i}] is {cotangent[i]}, expected finite numbers")
+        raise InvalidArgument(f"cotangent[{i}] is {cotangent[i]}, expected finite numbers").because("not_finite")
+    if (largest := np.abs(values).max(initial=0.0)) > LARGEST_COTANGENT:
+        raise InvalidArgument(
+            f"cotangent reaches {largest:g} in size, expected at most {LARGEST_COTANGENT:g}; is a loss scale in it?"
+        ).because("absurd")
     if samples < 2 or (values == values[0]).all():
         raise InvalidArgument(
             f"cotangent is the same for all {samples} samples ({values[0]:g}), so there is nothing to learn from it; "
             "check that the losses depend on the parameters and that the batch has at least two samples"
-        )
+        ).because("constant")
     return values
 
 

@@ -15,26 +15,32 @@ from torch import Tensor
 
 from weighting_contract.columns import needs_profile, unknown_columns
 from weighting_contract.errors import (
+    JOB_CLOSED,
     AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    ResourceExhausted,
     WeighbridgeError,
 )
 from weighting_contract.ngrams import profile_table
 from weighting_contract.profile import Profile
 from weighting_contract.reference import ReferenceInfo
-from weighting_contract.spec import WeighterSpec, check_checksum, check_name
-from weighting_service.core import Core
-from weighting_service.domain import JobRecord
+from weighting_contract.spec import WeighterSpec, check_checksum, check_name, check_text
+from weighting_service.core import Core, own_name, tenant_of
+from weighting_service.domain import JobRecord, WeighterRecord
 from weighting_service.hosting import Entry, Weighters
 from weighting_service.inputs import check_feature_names
+from weighting_service.leases import Leases
 from weighting_service.profiles import read_profile
 from weighting_service.reference import Reference
 from weighting_service.references import Known, ReferenceStore, short
 from weighting_service.views import JobRequest, JobView
 
 log = logging.getLogger(__name__)
+
+MAX_REASON = 500  # characters
+FULL_RETRY_S = 30.0
 
 
 class Jobs:
@@ -45,42 +51,79 @@ class Jobs:
         self._weighters = weighters
         self._references = references
         self._jobs: dict[str, JobRecord] = {}
-        self._tables: dict[str, Tensor] = {}  # target profiles of open jobs, as they were needed
+        self._changes = 0  # of records by other services, as far as they are known here
+        self._tables: dict[str, tuple[str, Tensor]] = {}  # target profiles of open jobs, with their documents' checksum
         self._fallback_steps: dict[str, int] = {}
-        self._changing = asyncio.Lock()  # no reference is deleted while a job that needs it is being opened
+        self._changing = asyncio.Lock()  # of records; no reference is deleted while a job that needs it is being opened
+        self._leases = Leases(core, lambda: [job.job_id for job in weighters.open_jobs()], self._expire)
+
+    # ---- Life -------------------------------------------------------------------------------------------------------
+
+    async def load_references(self) -> None:
+        """Loads what open jobs score by. What can't be loaded is said in the log, and to those jobs when they score."""
+        needed = {(job.reference, job.reference_checksum): job for job in self._weighters.open_jobs() if job.reference}
+        for (name, checksum), job in needed.items():
+            try:
+                await self._references.load(await self._references.find_checksum(name, checksum))
+            except WeighbridgeError as exc:
+                log.error("job %r can't score: %s", job.job_id, exc)
+
+    def references_in_use(self) -> set[str]:
+        """Checksums of the references that open jobs score by: they stay loaded."""
+        return {job.reference_checksum for job in self._weighters.open_jobs()}
+
+    def start(self) -> None:
+        """Begins the leases of open jobs; from now on their calls are taken."""
+        self._leases.start()
+
+    async def stop(self) -> None:
+        await self._leases.stop()
 
     # ---- Use cases --------------------------------------------------------------------------------------------------
 
     async def open(self, request: JobRequest) -> JobView:
         """A job of a weighter. A known id resumes that job; an empty one gets an id."""
-        entry = self._weighters.entry(request.weighter)
+        entry = await self._weighters.find(request.weighter)
         job_id = request.job_id or uuid.uuid4().hex
-        check_name(job_id, "job_id")
+        check_name(own_name(job_id), "job_id")
         reference = await self._reference(request, entry.record.spec)
         profile = None
         if reference and request.profile:
             profile = await asyncio.to_thread(read_profile, request.profile, reference)
         async with self._changing:
             self._weighters.entry(request.weighter)  # it may have been deleted meanwhile
-            known = await self._find(job_id)
+            known = await self._stored(job_id)
             job = self._record(request, job_id, entry, reference, profile, known)
+            if not (known and known.open):
+                self._check_room(job_id)
             if job != known or profile:  # a known profile is stored again: the one that is there may be damaged
                 table = profile.log_ratios if profile else None
                 await self._core.run_io(lambda: self._core.log.put_job(job, table))
                 self._tables.pop(job_id, None)
             self._jobs[job_id] = job
             self._weighters.job_changed(entry, job)
+            self._leases.heard(job_id)
         return await self._view(job, resumed=known is not None)
 
     async def close(self, job_id: str) -> JobView:
         """Closes a job; what it taught stays. Closing twice is no error."""
-        job, entry = await self.get(job_id, must_be_open=False)
-        if job.open:
-            job = replace(job, open=False)
-            await self._core.run_io(lambda: self._core.log.put_job(job))
-            self._jobs[job_id] = job
-        self._weighters.job_changed(entry, job)
-        self._drop(job_id)
+        async with self._changing:
+            await self._stored(job_id)
+            job, _ = await self.get(job_id, must_be_open=False)
+            return await self._view(await self._close(job), resumed=True)
+
+    async def quarantine(self, job_id: str, reason: str) -> JobView:
+        """Keeps a job, open or not, from teaching, for a reason that it is told; an empty one lets it teach again."""
+        check_text(reason, "reason")
+        if len(reason) > MAX_REASON:
+            raise InvalidArgument(f"reason has {len(reason)} characters, expected at most {MAX_REASON}")
+        async with self._changing:
+            await self._stored(job_id)
+            job, entry = await self.get(job_id, must_be_open=False)
+            if job.quarantined != reason:
+                job = await self._put(replace(job, quarantined=reason))
+                self._weighters.job_changed(entry, job)
+                log.warning("job %r %s", job_id, f"is quarantined: {reason}" if reason else "may teach again")
         return await self._view(job, resumed=True)
 
     async def heartbeat(self, job_id: str, fallback_steps: int) -> tuple[int, int]:
@@ -98,41 +141,56 @@ class Jobs:
                 raise FailedPrecondition(f"reference {name!r} is in use by job {users[0]!r}; close it first")
             await self._references.delete(name)
 
-    async def load_references(self) -> None:
-        """Loads what open jobs score by. What can't be loaded is said in the log, and to those jobs when they score."""
-        needed = {(job.reference, job.reference_checksum): job for job in self._weighters.open_jobs() if job.reference}
-        for (name, checksum), job in needed.items():
-            try:
-                await self._references.load(self._references.of_checksum(name, checksum))
-            except WeighbridgeError as exc:
-                log.error("job %r can't score: %s", job.job_id, exc)
-
     # ---- For the other use cases ------------------------------------------------------------------------------------
 
     async def get(self, job_id: str, must_be_open: bool = True) -> tuple[JobRecord, Entry]:
-        """The job and its weighter. Raises NotFound, or FailedPrecondition where it is closed."""
+        """The job and its weighter. Raises NotFound, FailedPrecondition where it is closed, Unavailable
+        where its weighter is not served."""
         job = await self._find(job_id)
-        entry = self._weighters.by_uid(job.weighter_uid) if job else None
+        entry = await self._weighters.find_uid(job.weighter_uid) if job else None
         if job is None or entry is None:
             self._core.check_loaded()
+            if job:
+                self._weighters.check_brought_up(job.weighter_uid)
             raise NotFound(f"there is no job {job_id!r}; open it first")
-        if must_be_open and not job.open:
-            raise FailedPrecondition(f"job {job_id!r} is closed; open it again to go on")
-        self._jobs[job_id] = job
+        if must_be_open:
+            if not job.open:
+                job = await self._stored(job_id) or job  # another service may have opened it again
+            if not job.open:
+                raise FailedPrecondition(f"job {job_id!r} {JOB_CLOSED}")
+            self._leases.heard(job_id)
         return job, self._weighters.entry(entry.record.name)
 
-    def reference(self, job: JobRecord) -> Reference:
+    async def weighter(self, job_id: str) -> WeighterRecord:
+        """The weighter of a job, open or not; also one that is not served. Raises NotFound."""
+        job = await self._find(job_id)
+        record = await self._weighters.record(job.weighter_uid) if job else None
+        if record is None:
+            self._core.check_loaded()
+            raise NotFound(f"there is no job {job_id!r}; open it first")
+        return record
+
+    async def reference(self, job: JobRecord) -> Reference:
         """The loaded reference of a job that has one. Raises FailedPrecondition or Unavailable without it."""
-        return self._references.ready(self._references.of_checksum(job.reference, job.reference_checksum))
+        return self._references.ready(await self._references.find_checksum(job.reference, job.reference_checksum))
 
     async def table(self, job: JobRecord) -> Tensor:
         """The job's target profile, [buckets] float32."""
-        if job.job_id not in self._tables:
+        checksum, table = self._tables.get(job.job_id, ("", None))
+        if table is None or checksum != job.documents_checksum:
             stored = await self._core.run_io(lambda: self._core.log.profile(job.job_id))
             if stored is None:
                 raise FailedPrecondition(f"job {job.job_id!r} has no target profile; open it with one")
-            self._tables[job.job_id] = profile_table(stored)
-        return self._tables[job.job_id]
+            table = profile_table(stored)
+            self._tables[job.job_id] = job.documents_checksum, table
+        return table
+
+    def refresh(self) -> None:
+        """Forgets what another service may have changed in the log. The weighters know their open jobs by then."""
+        self._changes += 1
+        self._jobs = {job.job_id: job for job in self._weighters.open_jobs()}  # they score on while the log is away
+        for job_id in {*self._tables, *self._fallback_steps} - self._jobs.keys():
+            self._drop(job_id)
 
     def forget(self, weighter_uid: str) -> None:
         """Drops the jobs of a deleted weighter."""
@@ -144,6 +202,7 @@ class Jobs:
 
     def _drop(self, job_id: str) -> None:
         """What is kept for open jobs only."""
+        self._leases.forget(job_id)
         self._tables.pop(job_id, None)
         self._fallback_steps.pop(job_id, None)
         self._count_fallback_steps()
@@ -158,7 +217,7 @@ class Jobs:
         if not request.reference:
             _check_without_reference(request, spec)
             return None
-        known = self._references.known(request.reference)
+        known = await self._references.find(request.reference)
         _check_asked_for(request, known)
         check_fits(spec, known.info, known.name, request.weighter)
         return await self._references.load(known, self._core.limits.loading_wait_s)
@@ -205,10 +264,57 @@ class Jobs:
             reference=request.reference,
             reference_checksum=checksum,
             documents_checksum=documents,
+            quarantined=known.quarantined if known else "",
         )
 
+    def _check_room(self, job_id: str) -> None:
+        """Raises ResourceExhausted where the job's tenant has as many open jobs as it may have."""
+        tenant, most = tenant_of(job_id), self._core.limits.jobs_per_tenant
+        if sum(tenant_of(job.job_id) == tenant for job in self._weighters.open_jobs()) >= most:
+            raise ResourceExhausted(
+                f"{most} jobs are open, as many as a tenant may have (--max-jobs-per-tenant); close some, or wait: one "
+                f"without a trainer is closed {self._core.limits.job_idle_s:g} s after its last call",
+                retry_after_s=FULL_RETRY_S,
+            )
+
+    async def _expire(self, job_id: str) -> None:
+        """Closes a job that nobody hears of, unless it was closed elsewhere or calls by now."""
+        async with self._changing:
+            job = await self._stored(job_id)
+            if job and job.open and self._leases.silent(job_id):
+                await self._close(job)
+                self._core.metrics.jobs_expired.inc()
+                idle_s = self._core.limits.job_idle_s
+                log.info(
+                    "job %r is closed: no call for %g s (--job-idle-s); its trainer opens it again", job_id, idle_s
+                )
+
+    async def _close(self, job: JobRecord) -> JobRecord:
+        if job.open:
+            job = await self._put(replace(job, open=False))
+        if entry := self._weighters.by_uid(job.weighter_uid):
+            self._weighters.job_changed(entry, job)
+        self._drop(job.job_id)
+        return job
+
+    async def _put(self, job: JobRecord) -> JobRecord:
+        await self._core.run_io(lambda: self._core.log.put_job(job))
+        self._jobs[job.job_id] = job
+        return job
+
+    async def _stored(self, job_id: str) -> JobRecord | None:
+        """The record as it is in the log, whatever was known: what is changed must be what is there."""
+        self._jobs.pop(job_id, None)
+        return await self._find(job_id)
+
     async def _find(self, job_id: str) -> JobRecord | None:
-        return self._jobs.get(job_id) or await self._core.run_io(lambda: self._core.log.job(job_id))
+        if known := self._jobs.get(job_id):
+            return known
+        changes = self._changes
+        job = await self._core.run_io(lambda: self._core.log.job(job_id))
+        if job and changes == self._changes:  # else what was read may be what has changed
+            self._jobs[job_id] = job
+        return job
 
     async def _view(self, job: JobRecord, resumed: bool) -> JobView:
         entry = self._weighters.by_uid(job.weighter_uid)

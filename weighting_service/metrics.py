@@ -50,7 +50,9 @@ class Metrics:
         self.applied = Gauge("weighbridge_applied_position", "Position that Score uses", ["weighter"], registry=r)
         self.updates = Counter("weighbridge_updates", "Meta-updates taken", ["weighter"], registry=r)
         self.duplicates = Counter("weighbridge_updates_duplicate", "Retries recognised", ["weighter"], registry=r)
-        self.refused = Counter("weighbridge_updates_refused", "Meta-updates refused", ["weighter", "code"], registry=r)
+        self.refused = Counter(
+            "weighbridge_updates_refused", "Meta-updates refused", ["weighter", "code", "reason"], registry=r
+        )
         self.weighters = Gauge("weighbridge_weighters", "Weighters hosted", registry=r)
         self.weighters_failed = Gauge(
             "weighbridge_weighters_failed", "Weighters whose state can't be vouched for", registry=r
@@ -60,6 +62,11 @@ class Metrics:
             "weighbridge_references_failed", "References on disk that are damaged", registry=r
         )
         self.jobs_open = Gauge("weighbridge_jobs_open", "Jobs open", registry=r)
+        self.jobs_expired = Counter("weighbridge_jobs_expired", "Jobs closed as nobody heard of them", registry=r)
+        self.log_bytes = Gauge("weighbridge_log_bytes", "Size of the update log", registry=r)
+        self.snapshot_bytes = Gauge("weighbridge_snapshot_bytes", "Size of all snapshots", registry=r)
+        self.log_reachable = Gauge("weighbridge_log_reachable", "1 where the log answered the last call", registry=r)
+        self.disk_free_bytes = Gauge("weighbridge_disk_free_bytes", "Free space of the disk of --state", registry=r)
         self.job_trust = Gauge(
             "weighbridge_job_trust", "Factor on the logits of an open job", ["weighter", "job"], registry=r
         )

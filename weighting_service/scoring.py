@@ -20,6 +20,7 @@ from weighting_service import pretaught
 from weighting_service.core import Core
 from weighting_service.domain import Inputs, JobRecord, RawInputs, ScoreOptions, Scores
 from weighting_service.engine import TokenRows
+from weighting_service.guards import the_job
 from weighting_service.hosting import Entry, Weighters
 from weighting_service.inputs import (
     check_feature_names,
@@ -54,6 +55,17 @@ class Scoring:
         return_statistics: bool = False,
     ) -> Scores:
         """Weights for a job's batch, from a state of `min_position` or later."""
+        with self._core.under_way.one_of(the_job(job_id)):
+            return await self._score(job_id, raw, min_position, min_effective_share, return_statistics)
+
+    async def _score(
+        self,
+        job_id: str,
+        raw: RawInputs,
+        min_position: int,
+        min_effective_share: float | None,
+        return_statistics: bool,
+    ) -> Scores:
         job, entry = await self._jobs.get(job_id)
         if min_effective_share is not None and not 0 <= min_effective_share <= 1:
             raise InvalidArgument(f"min_effective_share is {min_effective_share}, expected a value from 0 to 1")
@@ -72,10 +84,11 @@ class Scoring:
 
     async def score_once(self, weighter: str, raw: RawInputs, column_order: tuple[str, ...] = ()) -> Scores:
         """Weights for a batch without a job."""
-        entry = self._weighters.entry(weighter)
+        entry = await self._weighters.find(weighter)
         check_feature_names(column_order, entry.record.spec)
-        inputs = await self.inputs(entry, raw, column_order)
-        return await self._scored(entry, f"weighter/{weighter}", inputs, ScoreOptions(), 0)
+        with self._core.under_way.one_of(f"scoring by weighter {weighter!r} without a job"):
+            inputs = await self.inputs(entry, raw, column_order)
+            return await self._scored(entry, f"weighter/{weighter}", inputs, ScoreOptions(), 0)
 
     async def score_texts(
         self, texts: tuple[str, ...], target: tuple[str, ...], weighter: str = "", reference: str = ""
@@ -88,13 +101,14 @@ class Scoring:
         """
         if not target:
             raise InvalidArgument("target has no texts; give at least one example of what the weights should favour")
-        hosted = self._weighters.entry(weighter).weighter if weighter else await self._weighters.packaged()
+        hosted = (await self._weighters.find(weighter)).weighter if weighter else await self._weighters.packaged()
         spec = hosted.spec
-        known = self._references.known(reference or pretaught.NAME)
+        known = await self._references.find(reference or pretaught.NAME)
         check_fits(spec, known.info, known.name, weighter or pretaught.NAME)
         loaded = await self._references.load(known)
-        batch = await asyncio.to_thread(self._texts, spec, loaded, texts, target)
-        scores = await asyncio.wrap_future(self._core.engine.score("texts", hosted, batch, ScoreOptions()))
+        with self._core.under_way.one_of("scoring of texts without a job"):
+            batch = await asyncio.to_thread(self._texts, spec, loaded, texts, target)
+            scores = await asyncio.wrap_future(self._core.engine.score("texts", hosted, batch, ScoreOptions()))
         return TextScores(scores, batch.names)
 
     async def inputs(self, entry: Entry, raw: RawInputs, column_order: tuple[str, ...]) -> Inputs:
@@ -119,7 +133,7 @@ class Scoring:
         return await asyncio.wrap_future(self._core.engine.score(queue, entry.weighter, batch, options))
 
     async def _token_rows(self, job: JobRecord, entry: Entry, raw: RawInputs) -> TokenRows:
-        reference = self._jobs.reference(job)
+        reference = await self._jobs.reference(job)
         names = _names(entry.record.spec)
         table = await self._jobs.table(job) if needs_profile(names) else None
 

@@ -16,8 +16,8 @@ import torch
 
 from weighting_contract.errors import Unavailable
 from weighting_service.core import Core, ServiceLimits
-from weighting_service.domain import RawInputs, Scores
-from weighting_service.hosting import Weighters, view
+from weighting_service.domain import RawInputs, Scores, WeighterRecord
+from weighting_service.hosting import Weighters
 from weighting_service.jobs import Jobs
 from weighting_service.metrics import Metrics
 from weighting_service.references import ReferenceStore
@@ -59,10 +59,11 @@ class WeightingService:
         metrics: Metrics | None = None,
     ) -> None:
         self.metrics = metrics or Metrics()
-        self._core = Core(update_log, limits or ServiceLimits(), self.metrics)
+        self._core = Core(update_log, limits or ServiceLimits(), self.metrics, snapshots.size_bytes)
         self._references = references
         self._weighters = Weighters(self._core, snapshots, device=device, models_dir=models_dir)
         self._jobs = Jobs(self._core, self._weighters, references)
+        self._weighters.on_records_changed.append(self._jobs.refresh)
         self._scoring = Scoring(self._core, self._weighters, self._jobs, references)
         self._teaching = Teaching(self._core, self._weighters, self._jobs, self._scoring)
 
@@ -73,11 +74,12 @@ class WeightingService:
         engine = self._core.engine
         engine.start()
         self.metrics.observe_queue(lambda: engine.queued_calls)
-        await self._references.start(self.metrics)
+        await self._references.start(self.metrics, self._jobs.references_in_use)
         await self._weighters.start()
         await self._jobs.load_references()
         await self._weighters.wait_caught_up()
         self._core.started = True
+        self._jobs.start()
 
     def drain(self) -> None:
         """From now on new calls are refused; those under way go on, watchers are told."""
@@ -87,6 +89,7 @@ class WeightingService:
     async def stop(self) -> None:
         """Ends the threads and closes the log; every weighter that moved leaves a snapshot."""
         self.drain()
+        await self._jobs.stop()
         await self._references.stop()
         await asyncio.to_thread(self._core.engine.stop)
         await self._weighters.stop()
@@ -104,6 +107,21 @@ class WeightingService:
             await asyncio.wait_for(asyncio.wrap_future(self._core.engine.ping()), timeout_s)
         except TimeoutError as exc:
             raise Unavailable(f"the engine's thread did not answer in {timeout_s:g} s") from exc
+
+    # ---- For whoever decides what a caller may see ------------------------------------------------------------------
+
+    def weighter_records(self) -> Mapping[str, WeighterRecord]:
+        """All weighters by name, also those that are not served. Raises Unavailable while they are being loaded."""
+        self._core.check_loaded()
+        return self._weighters.records()
+
+    def reference_names(self) -> Mapping[str, bool]:
+        """The references known by now; whether one is everybody's, as it comes with the service or its models."""
+        return self._references.names()
+
+    async def weighter_of(self, job_id: str) -> WeighterRecord:
+        """Of a job, open or not."""
+        return await self._jobs.weighter(job_id)
 
     # ---- Weighters --------------------------------------------------------------------------------------------------
 
@@ -124,7 +142,8 @@ class WeightingService:
         return await self._weighters.create(name, spec, exist_ok, initial)
 
     async def get_weighter(self, name: str) -> WeighterView:
-        return view(self._weighters.entry(name))
+        """A weighter, with the positions that it can be rolled back to."""
+        return await self._weighters.get(name)
 
     async def list_weighters(self) -> list[WeighterView]:
         return self._weighters.views()
@@ -133,6 +152,20 @@ class WeightingService:
         """Removes a weighter with its log, snapshots and jobs."""
         self._core.check_open()
         self._jobs.forget(await self._weighters.delete(name))
+
+    async def share_weighter(self, name: str, tenants: tuple[str, ...]) -> WeighterView:
+        """Says which tenants may use a weighter beside its own; "*" stands for all, none for its own alone."""
+        self._core.check_open()
+        return await self._weighters.share(name, tenants)
+
+    async def rollback_weighter(self, name: str, to_position: int, expected_position: int | None = None) -> Taught:
+        """Puts the state of the snapshot at `to_position` back, as a new entry of the log; durable when this returns.
+
+        Raises:
+            FailedPrecondition: there is no such snapshot, or the log does not end at `expected_position`.
+        """
+        self._core.check_open()
+        return await self._weighters.rollback(name, to_position, expected_position)
 
     async def export_weighter(self, name: str) -> dict[str, bytes]:
         """The weighter at its applied position, as files by name."""
@@ -160,6 +193,7 @@ class WeightingService:
 
     async def list_references(self) -> list[ReferenceView]:
         self._core.check_open()
+        await self._references.refresh()
         return self._references.views()
 
     async def delete_reference(self, name: str) -> None:
@@ -190,6 +224,11 @@ class WeightingService:
     async def heartbeat(self, job_id: str, fallback_steps: int = 0) -> tuple[int, int]:
         """Says that a job is alive; returns the weighter's last and applied position."""
         return await self._jobs.heartbeat(job_id, fallback_steps)
+
+    async def quarantine_job(self, job_id: str, reason: str) -> JobView:
+        """Keeps a job from teaching, for a reason that it is told; an empty reason lets it teach again."""
+        self._core.check_open()
+        return await self._jobs.quarantine(job_id, reason)
 
     # ---- Scores and updates -----------------------------------------------------------------------------------------
 

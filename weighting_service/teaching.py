@@ -11,14 +11,20 @@ from weighting_contract.errors import FailedPrecondition, InvalidArgument, Resou
 from weighting_contract.spec import check_text
 from weighting_service.core import Core
 from weighting_service.domain import JobRecord, MetaUpdate, Role
+from weighting_service.guards import the_job
 from weighting_service.hosting import Entry, Weighters
 from weighting_service.inputs import check_cotangent, check_probes
 from weighting_service.jobs import Jobs
 from weighting_service.scoring import Scoring
+from weighting_service.tracing import TRACER
 from weighting_service.views import MetaUpdateRequest, Taught
+from weighting_service.weighter.cotangents import centred
 
 MAX_UPDATE_ID = 128  # characters
 LEAST_PROBES = 2  # fewer say nothing about agreement
+LARGEST_JUMP = 1e6  # of a cotangent, in its job's running RMS ...
+JUDGED_AFTER = 8  # ... which means something after as many updates
+OTHER = "other"  # reason in the metrics of a refusal that its code explains
 
 
 class Teaching:
@@ -32,13 +38,14 @@ class Teaching:
 
     async def meta_update(self, job_id: str, request: MetaUpdateRequest) -> Taught:
         """Appends a batch and its cotangent to the weighter's log; durable when this returns, applied soon after."""
-        job, entry = await self._jobs.get(job_id)
-        try:
-            return await self._append(entry, await self._update(job, entry, request))
-        except WeighbridgeError as exc:
-            entry.refused += 1
-            self._core.metrics.refused.labels(entry.record.name, exc.code).inc()
-            raise
+        with self._core.under_way.one_of(the_job(job_id)):
+            job, entry = await self._jobs.get(job_id)
+            try:
+                return await self._append(job, entry, await self._update(job, entry, request))
+            except WeighbridgeError as exc:
+                entry.refused += 1
+                self._core.metrics.refused.labels(entry.record.name, exc.code, exc.reason or OTHER).inc()
+                raise
 
     async def _update(self, job: JobRecord, entry: Entry, request: MetaUpdateRequest) -> MetaUpdate:
         """The log entry that a request asks for."""
@@ -47,7 +54,7 @@ class Teaching:
             raise FailedPrecondition(
                 f"job {job.job_id!r} is frozen, it scores only: its meta-updates count for trust alone and need "
                 f"{LEAST_PROBES} probes or more; send them, or open the job with role learn to teach"
-            )
+            ).because("frozen")
         if request.step < 0:
             raise InvalidArgument(f"step is {request.step}, expected 0 or more")
         update_id = request.update_id or str(request.step)
@@ -75,12 +82,15 @@ class Teaching:
             raise InvalidArgument(f"trust_only needs {LEAST_PROBES} probes or more; without them it changes nothing")
         return update
 
-    async def _append(self, entry: Entry, update: MetaUpdate) -> Taught:
+    async def _append(self, job: JobRecord, entry: Entry, update: MetaUpdate) -> Taught:
         uid, name, metrics = entry.record.uid, entry.record.name, self._core.metrics
         update_log = self._core.log
         if await self._core.run_io(lambda: update_log.find(uid, update)) is None:
-            self._check_teachable(entry, update.scored_position)
-        appended = await self._core.run_io(lambda: update_log.append(uid, update))
+            await self._weighters.look_for(entry, update.scored_position)
+            self._check_teachable(job, entry, update)
+            await self._core.storage.check()
+        with TRACER.span("log append", weighter=name):
+            appended = await self._core.run_io(lambda: update_log.append(uid, update))
         entry.head = max(entry.head, appended.position)
         metrics.position.labels(name).set(entry.head)
         if appended.duplicate:
@@ -92,20 +102,44 @@ class Teaching:
             self._weighters.log_has_grown(entry)
         return Taught(appended.position, appended.duplicate, entry.applied)
 
-    def _check_teachable(self, entry: Entry, scored_position: int) -> None:
+    def _check_teachable(self, job: JobRecord, entry: Entry, update: MetaUpdate) -> None:
+        """That a new update may be taken now; one that was taken before is answered whatever has happened since."""
+        if job.quarantined:
+            raise FailedPrecondition(
+                f"job {job.job_id!r} is quarantined and teaches nothing until that is ended: {job.quarantined}"
+            ).because("quarantined")
+        self._check_position(entry, update.scored_position)
+        _check_jump(entry, update)
+        pending = entry.head - entry.applied
+        if pending >= self._core.limits.pending_updates:
+            raise ResourceExhausted(
+                f"{pending} updates wait to be applied, as many as may (--max-pending-updates); teach less often, or "
+                "wait"
+            ).because("pending")
+
+    def _check_position(self, entry: Entry, scored_position: int) -> None:
         if not 0 <= scored_position <= entry.head:
             raise FailedPrecondition(
                 f"scored_position is {scored_position}, but the log ends at {entry.head}; "
                 "was the service restored from an older state?"
-            )
+            ).because("ahead")
         bound = entry.record.spec.learning.max_staleness
         if bound and entry.head - scored_position > bound:
             raise FailedPrecondition(
                 f"the weights were scored at position {scored_position}, {entry.head - scored_position} positions ago; "
                 f"this weighter takes updates of at most {bound} (spec.learning.max_staleness)"
-            )
-        pending = entry.head - entry.applied
-        if pending >= self._core.limits.pending_updates:
-            raise ResourceExhausted(
-                f"{pending} updates wait to be applied; teach less often or wait", retry_after_s=1.0
-            )
+            ).because("stale")
+
+
+def _check_jump(entry: Entry, update: MetaUpdate) -> None:
+    """Raises InvalidArgument for a cotangent that is absurd beside the job's earlier ones: it would drown them all."""
+    known = entry.weighter.published.statistics.jobs.get(update.job_id)
+    if known is None or known.updates_applied < JUDGED_AFTER:
+        return
+    largest = float(np.abs(centred(update.cotangent)).max())
+    if largest > LARGEST_JUMP * known.cotangent_rms > 0:
+        raise InvalidArgument(
+            f"cotangent reaches {largest:g} from its mean, but the {known.updates_applied} updates of job "
+            f"{update.job_id!r} before had an RMS of {known.cotangent_rms:g}; expected at most {LARGEST_JUMP:g} times "
+            "that: look for a loss that exploded, or open another job if its scale was changed"
+        ).because("absurd")
