@@ -16,7 +16,7 @@ COPY constraints.txt ./
 RUN pip install -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 
 # The dependencies of the package without its source, so that a change of code reuses this layer.
-ARG EXTRAS="server tokens torch"
+ARG EXTRAS="server tokens torch s3 otel"
 COPY pyproject.toml ./
 RUN python -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 print(*p['dependencies'], *(d for extra in sys.argv[1:] for d in p['optional-dependencies'][extra]), sep='\n')" $EXTRAS > requirements.txt \

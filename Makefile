@@ -22,7 +22,7 @@ define require_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo pretaught test check format protos protos-check bench serve wheel clean
+.PHONY: help venv demo pretaught test check format protos protos-check bench soak serve wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -75,6 +75,9 @@ $(PROTOS_STAMP):
 
 bench: $(STAMP) ## measure round trips, the demo's overhead and memory; prints hardware and versions
 	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(STAMP) ## kill the service 100 times while it learns and compare it with a twin; at most 15 minutes
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 serve: $(STAMP) ## start a weighting service: gRPC on 50051, REST on 8080
 	$(BIN)/python -m weighting_service $(ARGS)

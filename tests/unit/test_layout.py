@@ -73,8 +73,10 @@ RULES = (
         "weighting_service.engine",
         ours=(
             "weighting_service.engine",
+            "weighting_service.call_queue",
             "weighting_service.weighter",
             "weighting_service.reference",
+            "weighting_service.tracing",
             "weighting_service.domain",
             "weighting_contract",
         ),
@@ -88,14 +90,35 @@ RULES = (
     *(
         Rule(
             durable,
-            ours=(durable, "weighting_service.domain", "weighting_contract", "protos"),
+            ours=(
+                durable,
+                "weighting_service.storage",
+                "weighting_service.failpoints",
+                "weighting_service.domain",
+                "weighting_contract",
+                "protos",
+            ),
             forbidden=SERVE_FRAMEWORKS,
         )
-        for durable in ("weighting_service.update_log", "weighting_service.snapshots")
+        for durable in ("weighting_service.update_log", "weighting_service.snapshots", "weighting_service.storage")
     ),
     *(
         Rule(f"weighting_service.{part}", forbidden=(*TRANSPORTS, *WIRING, *SERVE_FRAMEWORKS))
-        for part in ("service", "core", "hosting", "jobs", "profiles", "references", "scoring", "teaching", "views")
+        for part in (
+            "service",
+            "core",
+            "guards",
+            "hosting",
+            "jobs",
+            "leases",
+            "loaded",
+            "profiles",
+            "references",
+            "scoring",
+            "teaching",
+            "uploads",
+            "views",
+        )
     ),
     *(
         Rule(transport, forbidden=(*TRANSPORTS, *WIRING, "weighting_service.engine", "weighting_service.weighter"))
