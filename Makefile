@@ -22,7 +22,7 @@ define require_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo pretaught test check format protos protos-check bench soak serve wheel clean
+.PHONY: help venv demo pretaught test fuzz check audit format protos protos-check bench soak serve wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -46,10 +46,29 @@ pretaught: $(STAMP) ## teach the weighter that comes with the package, and its r
 test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP) protos-check ## lint, formatting, types, and stubs that match the contract
+fuzz: $(STAMP) ## send a service 20,000 inputs of any kind (again with the same: ARGS='--seed S')
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
+check: $(STAMP) protos-check audit ## lint, formatting, types, stubs that match the contract, and audit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# pip-audit writes its report only where it could ask. What only looks like a secret goes into the baseline, once somebody
+# has looked at it: .venv/bin/detect-secrets scan --slim > .secrets.baseline
+audit: $(STAMP) ## look for known holes in what is installed, and for secrets in what is here
+	@echo "Looking for known holes in the installed packages"
+	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && \
+	if $(BIN)/pip-audit --local --skip-editable --progress-spinner off --timeout 5 -o "$$work/report" 2>"$$work/said"; then \
+		echo "none is known"; \
+	elif [[ -s $$work/report ]]; then \
+		cat "$$work/report" >&2; exit 1; \
+	else \
+		echo "skipped, as nobody could be asked: $$(tail -n 1 "$$work/said" | cut -d : -f 1)"; \
+	fi
+	@echo "Looking for secrets"
+	@git ls-files -z --cached --others --exclude-standard -- ':!*.safetensors' ':!*.png' | \
+		xargs -0 -n 60 -P 4 $(BIN)/detect-secrets-hook --baseline .secrets.baseline --
 
 format: $(STAMP) ## format the code and fix what the linter can
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("score", "learning_cost", "reference", "ahead", "durability", "replay")
+BENCHMARKS = ("score", "learning_cost", "reference", "ahead", "durability", "replay", "fairness")
 
 
 def main() -> int:

@@ -4,9 +4,9 @@
 
 The job sends a batch of features [256, 72] float32 at a steady rate, over gRPC on localhost. It does so alone, then
 beside a job that sends 50 times as many batches of the same size, whether or not they are answered; and so on in turn.
-The goal is judged by the median over the rounds of each round's p99: a round that something else on the machine disturbed
-does not decide. Prints median and p99 over all calls too, and what became of the flood's calls (those that end as
-CANCELLED were under way when it stopped, as UNAVAILABLE were more at a time than a connection may have).
+The goal is judged by the median over the rounds of each round's p99, so that a round that something else disturbed does
+not decide. Prints median and p99 over all calls too, and what became of the flood's calls: CANCELLED are
+those under way when it stopped.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ Rounds = list[list[float]]
 TIMES = 50
 GOAL_RATIO = 2.0
 DEADLINE_S = 10.0
+SETTLING = 10  # calls that are not counted, after the flood has begun or ended
 
 
 def main() -> int:
@@ -86,10 +87,11 @@ def measure(port: int, rate: float, rounds: int, calls: int) -> tuple[Rounds, Ro
     beside: Rounds = []
     answers: Counter[str] = Counter()
     with job_of(port, "job") as (stub, request):
-        steady_ms(stub, request, rate, 10)
         for _ in range(rounds):
+            steady_ms(stub, request, rate, SETTLING)
             alone.append(steady_ms(stub, request, rate, calls))
             with flooding(port, rate, answers):
+                steady_ms(stub, request, rate, SETTLING)
                 beside.append(steady_ms(stub, request, rate, calls))
     return alone, beside, answers
 

@@ -47,7 +47,7 @@ TIME_FOR_KILLS = 2 / 3  # of the budget; the rest is for audit and twin
 
 
 def random_deaths(seed: int, *, redis: bool = False) -> Iterator[Death]:
-    """Failpoints and timers in turn, without end. Over Redis none in a trim: one portion takes all that a soak trims."""
+    """Failpoints and timers in turn, without end. Over Redis none in a trim: it is one portion there."""
     names = [name for name in failpoints.NAMES if not (redis and name == "during_trim")]
     draw = np.random.default_rng(seed)
     for number in itertools.count():
@@ -186,7 +186,6 @@ def undisturbed(folder: Path, seed: int, updates: int) -> tuple[Trainer, Remains
 
 # ---- The command ----------------------------------------------------------------------------------------------------
 
-
 _COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -210,14 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"seed {options.seed}, log {options.log}, {options.kills} kills, at most {options.minutes:g} minutes")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = Path(tempfile.mkdtemp(prefix="weighbridge-soak-"))
+    console.print(f"state in {folder}, removed where all is well")
     outcome = _soak_with_progress(folder, options, console)
     console.print(_table(outcome))
     if outcome.trainer.lives < options.kills:
         console.print(f"{outcome.trainer.lives} kills of {options.kills}: the time for more was up (--minutes)")
     if outcome.good:
         shutil.rmtree(folder)
-    else:
-        console.print(f"the evidence is in {folder}")
     return 0 if outcome.good else 1
 
 
@@ -251,7 +249,7 @@ def _table(outcome: Outcome) -> Table:
     trainer = outcome.trainer
     table = Table(title="soak", show_header=False)
     for kind, count in sorted(trainer.kills.items()):
-        table.add_row(f"killed by {kind}", str(count))
+        table.add_row(f"kills: {kind}", str(count))
     table.add_section()
     table.add_row("updates acknowledged", str(len(trainer.positions)))
     table.add_row("duplicates answered", str(trainer.duplicates))

@@ -1,4 +1,4 @@
-"""Wraps one call of a transport: counts, times and traces it, and turns what nobody expected into Internal with an id."""
+"""Wraps one call of a transport: counts, times, traces it, and turns what nobody expected into Internal with an id."""
 
 from __future__ import annotations
 

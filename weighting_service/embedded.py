@@ -35,7 +35,11 @@ class EmbeddedService:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="weighbridge-embedded", daemon=True)
         self._thread.start()
-        self._run(self._service.start(), timeout_s=None)
+        try:
+            self._run(self._service.start(), timeout_s=None)
+        except BaseException:  # what was opened so far must not stay locked
+            self.close()
+            raise
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:
         """The answer of one RPC, by its name in the contract. Raises WeighbridgeError."""

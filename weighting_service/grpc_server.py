@@ -69,6 +69,7 @@ class GrpcServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 30_000),  # clients keep long watches alive
                 ("grpc.so_reuseport", 0),  # else a second service would share the port unnoticed
                 ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
+                ("grpc.http.overload_protection", 0),  # it refuses some calls of clients that keep to the limit
             ]
         )
         self._server.add_generic_rpc_handlers((_handler(_Servicer(service, auth)),))

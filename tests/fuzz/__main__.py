@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tests.fuzz.campaign import Campaign, warmed_up
-from tests.fuzz.surfaces import surfaces
 from tests.fuzz.target import Target
 
 
@@ -51,16 +51,15 @@ def main(arguments: list[str]) -> int:
 
 def _run(campaign: Campaign, inputs: int, console: Console) -> None:
     columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn())
-    found = surfaces(campaign.target)
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        for surface in found:
-            share = inputs // len(found)
-            task = progress.add_task(surface.name, total=share)
-            campaign.run(surface, share, lambda task=task: progress.advance(task))  # type: ignore[misc]
+        share = inputs // len(campaign.surfaces)
+        for name in campaign.surfaces:
+            task = progress.add_task(name, total=share)
+            campaign.run(name, share, partial(progress.advance, task))
 
 
 def _table(campaign: Campaign) -> Table:
-    names = sorted({surface for surface, _ in campaign.codes})
+    names = list(campaign.surfaces)
     table = Table("code", *names)
     for code in sorted({code for _, code in campaign.codes}):
         table.add_row(code, *(str(campaign.codes[name, code] or "") for name in names))

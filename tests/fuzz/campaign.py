@@ -1,6 +1,6 @@
 """Sends a number of inputs to each surface of a target, and says what came back and what should not have.
 
-Everything follows from the seed, but for the moments at which the service does what it does in the background.
+Everything follows from the seed and the code, but for the moments at which the service does what it does in the background.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ class Campaign:
 
     target: Target
     seed: int
+    surfaces: dict[str, Surface]
     sent: int = 0
     codes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by surface and code
     operations: Counter[tuple[str, str]] = field(default_factory=Counter)  # by operation and code
     failures: dict[tuple[str, str, str], str] = field(default_factory=dict)  # first input of each kind
     resident_mb: float = 0.0  # before it began
 
-    def run(self, surface: Surface, inputs: int, on_input: Callable[[], None] = lambda: None) -> None:
-        """Sends `inputs` inputs; failures are collected, not raised."""
+    def run(self, name: str, inputs: int, on_input: Callable[[], None] = lambda: None) -> None:
+        """Sends `inputs` inputs to the surface of that name; failures are collected, not raised."""
+        surface = self.surfaces[name]
 
-        @hypothesis.seed(self.seed)
+        @hypothesis.seed(self.seed + self.sent)  # other inputs in every run
         @settings(
             max_examples=inputs,
             database=None,
@@ -95,8 +97,8 @@ class Campaign:
 
 def warmed_up(target: Target, seed: int) -> Campaign:
     """A campaign against a target that has done a bit of everything, so that what is made once is there already."""
-    campaign = Campaign(target, seed)
-    for surface in surfaces(target):
-        campaign.run(surface, WARM_UP)
+    campaign = Campaign(target, seed, surfaces(target))
+    for name in campaign.surfaces:
+        campaign.run(name, WARM_UP)
     campaign.resident_mb = target.resident_mb()
     return campaign

@@ -15,7 +15,6 @@ from urllib.parse import quote, urlsplit
 import grpc
 import httpx
 import numpy as np
-import requests
 import schemathesis
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
@@ -62,16 +61,17 @@ class Surface:
     show: Callable[[Any], str] = repr
 
 
-def surfaces(target: Target) -> list[Surface]:
-    """All of them, in a fixed order."""
+def surfaces(target: Target) -> dict[str, Surface]:
+    """All of them by name, in a fixed order."""
     web = _Web(target)
     wire = _Wire(target)
-    return [
+    ways = [
         Surface("messages", wire.of_messages(), wire.send),
         Surface("bytes", wire.of_bytes(), wire.send),
         Surface("openapi", web.of_schema(), web.send_case, lambda given: given[0].as_curl_command()),
         Surface("json", web.of_json(), web.send),
     ]
+    return {surface.name: surface for surface in ways}
 
 
 @st.composite
@@ -103,7 +103,10 @@ class _Wire:
         self._channel: Any = target.channel  # without serialisers: requests and answers are bytes
 
     def of_messages(self) -> SearchStrategy[Call]:
-        return calls(lambda method: messages.requests(method).map(lambda message: message.SerializeToString(deterministic=True)))
+        def of(method: str) -> SearchStrategy[bytes]:
+            return messages.requests(method).map(lambda message: message.SerializeToString(deterministic=True))
+
+        return calls(of)
 
     def of_bytes(self) -> SearchStrategy[Call]:
         return calls(messages.serialised)
@@ -189,8 +192,7 @@ class _Web:
 
     def __init__(self, target: Target) -> None:
         self._url = target.rest_url
-        self._client = httpx.Client(timeout=ANSWER_S)
-        self._session = requests.Session()
+        self._client, self._session = target.http, target.session
 
     def of_schema(self) -> SearchStrategy[tuple[Any, str, Credential]]:
         """Requests as the service's own document has them, right and wrong, with names that mean something."""
@@ -249,7 +251,8 @@ def _http_answer(operation: str, path: str, credential: Credential, answer: http
 def _wrong_error(answer: httpx.Response) -> str:
     try:
         error = answer.json()["error"]
-        return "" if error["code"] and error["message"] else "an error without code or message"
+        known = error["code"] not in ("", "UNKNOWN", "INTERNAL") and error["message"]
+        return "" if known else "an error without code or message"
     except (ValueError, KeyError, TypeError):
         return "an error that does not look like one"
 

@@ -13,12 +13,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
+import requests
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceStub
@@ -124,27 +127,29 @@ class Target:
         )
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
-        ready = self._wait_for(READY, 0)
-        self.rest_url = f"http://127.0.0.1:{ready[2]}"
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{ready[1]}")
-        self._stub: Any = WeightingServiceStub(self.channel)  # type: ignore[no-untyped-call]
-        self._furnish()
-        self._call("CreateWeighter", pb.CreateWeighterRequest(name="steady", spec=SPEC), STEADY)
-        self._call("OpenJob", pb.OpenJobRequest(weighter="steady", job_id="steady"), STEADY)
-        for step in range(10):
-            cotangent = to_message(np.linspace(-1, 1, 8, dtype=np.float32))
-            self._call(
-                "MetaUpdate",
-                pb.MetaUpdateRequest(job_id="steady", step=step, inputs=batch(seed=step), cotangent=cotangent),
-                STEADY,
-            )
-        self._expected = self._steady_scores()
+        with ExitStack() as undo:
+            undo.callback(self._process.kill)
+            ready = self._wait_for(READY, 0)
+            self.rest_url = f"http://127.0.0.1:{ready[2]}"
+            self.http = undo.enter_context(httpx.Client(timeout=ANSWER_S))
+            self.session = undo.enter_context(requests.Session())
+            self.channel = undo.enter_context(grpc.insecure_channel(f"127.0.0.1:{ready[1]}"))
+            self._stub: Any = WeightingServiceStub(self.channel)  # type: ignore[no-untyped-call]
+            self._furnish()
+            self._teach_steady()
+            self._expected = self._steady_scores()
+            undo.pop_all()
 
     def close(self) -> int:
-        """Ends it by SIGTERM; its exit status."""
-        self.channel.close()
+        """Ends it by SIGTERM, or by force where that takes too long; its exit status."""
+        for connection in (self.channel, self.http, self.session):
+            connection.close()
         self._process.terminate()
-        status = self._process.wait(SAID_S)
+        try:
+            status = self._process.wait(SAID_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
         self._reading.join()
         assert self._process.stderr is not None
         self._process.stderr.close()
@@ -201,6 +206,14 @@ class Target:
             self._call("CreateWeighter", weighter)
         for job in JOBS:
             self._call("OpenJob", job)
+
+    def _teach_steady(self) -> None:
+        self._call("CreateWeighter", pb.CreateWeighterRequest(name="steady", spec=SPEC), STEADY)
+        self._call("OpenJob", pb.OpenJobRequest(weighter="steady", job_id="steady"), STEADY)
+        cotangent = to_message(np.linspace(-1, 1, 8, dtype=np.float32))
+        for step in range(10):
+            update = pb.MetaUpdateRequest(job_id="steady", step=step, inputs=batch(seed=step), cotangent=cotangent)
+            self._call("MetaUpdate", update, STEADY)
 
     def _steady_scores(self) -> tuple[bytes, int]:
         request = pb.ScoreRequest(job_id="steady", inputs=batch(16, 99), min_position=10)

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fuzz.campaign import Campaign, warmed_up
-from tests.fuzz.surfaces import surfaces
 from tests.fuzz.target import Target
 
-INPUTS = int(os.environ.get("FUZZ_INPUTS", "600"))
+INPUTS = int(os.environ.get("FUZZ_INPUTS", "400"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SURFACES = ("messages", "bytes", "openapi", "json")
 
@@ -28,9 +27,8 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
 
 @pytest.mark.parametrize("name", SURFACES)
 def test_no_input_harms_the_service(campaign: Campaign, name: str) -> None:
-    (surface,) = [s for s in surfaces(campaign.target) if s.name == name]
     before = campaign.sent
-    campaign.run(surface, INPUTS // len(SURFACES))
+    campaign.run(name, INPUTS // len(SURFACES))
     assert not campaign.failures, campaign.report()
     assert campaign.sent > before
     assert campaign.codes[name, "OK"] + campaign.codes[name, "200"] > 0  # else nothing was reached

@@ -182,6 +182,11 @@ MISTAKES = {
         "INVALID_ARGUMENT",
         ["features.dtype", "'object'", "float32"],
     ),
+    "shape of no array": (
+        score(pb.Inputs(features=pb.Tensor(dtype="float32", shape=[0, 2**53, 2**31], data=b""))),
+        "INVALID_ARGUMENT",
+        ["features.shape", "9007199254740992"],
+    ),
     "tokens not in the spec": (score(FLOAT_TOKENS), "INVALID_ARGUMENT", ["features are missing"]),
     "unknown job": (score(features(rows()), job_id="nobody"), "NOT_FOUND", ["'nobody'", "open it"]),
     "position ahead": (score(features(rows()), min_position=5), "FAILED_PRECONDITION", ["min_position is 5", "at 0"]),

@@ -6,19 +6,26 @@ import asyncio
 import itertools
 import re
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
 
+from protos.weighting.v1 import weighting_pb2 as pb
+from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceStub
+from tests.conftest import ServiceThread
 from weighting_contract.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, WeighbridgeError
+from weighting_contract.tensors import to_message
 from weighting_service.core import ServiceLimits
 from weighting_service.domain import MetaUpdate, RawInputs
+from weighting_service.grpc_server import STREAMS_PER_CONNECTION
 from weighting_service.references import ReferenceStore
 from weighting_service.service import WeightingService
 from weighting_service.snapshots import SnapshotStore
@@ -121,6 +128,21 @@ def test_a_job_has_so_many_calls_under_way(tmp_path: Path) -> None:
             assert (await service.meta_update("job", update(1))).position == 2
 
     run(main())
+
+
+def test_calls_beyond_those_of_a_connection_wait_for_their_turn(tmp_path: Path) -> None:
+    running = ServiceThread(tmp_path / "state", max_calls_per_job=200)
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{running.address.grpc_port}") as channel:
+            stub = WeightingServiceStub(channel)  # type: ignore[no-untyped-call]
+            spec = pb.WeighterSpec(features=pb.FeatureSpec(names=["a", "b"]))
+            stub.CreateWeighter(pb.CreateWeighterRequest(name="w", spec=spec))
+            stub.OpenJob(pb.OpenJobRequest(weighter="w", job_id="job"))
+            request = pb.ScoreRequest(job_id="job", inputs=pb.Inputs(features=to_message(FEATURES)))
+            calls = [stub.Score.future(request, timeout=60) for _ in range(4 * STREAMS_PER_CONNECTION)]
+            assert Counter(call.code() for call in calls) == {grpc.StatusCode.OK: len(calls)}
+    finally:
+        running.stop()
 
 
 def test_a_tenant_has_so_many_open_jobs(tmp_path: Path) -> None:

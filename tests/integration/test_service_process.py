@@ -93,7 +93,15 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     assert "rest-prot" in failing("--config", str(unknown))
     file = tmp_path / "file"
     file.write_text("")
-    assert "can't be made a directory" in failing("--state", str(file / "x"), "--rest-port", "0", "--grpc-port", "0")
+    assert "--state is" in failing("--state", str(file / "x"), "--rest-port", "0", "--grpc-port", "0")
+
+
+def test_rest_answers_are_not_held_back() -> None:
+    """asyncio switches Nagle's delay off for sockets that say they are TCP, and for no others."""
+    from weighting_service.app import _listen
+
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:

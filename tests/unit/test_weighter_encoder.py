@@ -209,6 +209,8 @@ def test_folders_that_cannot_be_loaded_are_refused(models_dir: Path) -> None:
         ({"model_type": "t5"}, "an encoder-decoder; expected an encoder or a causal model"),
         ({"model_type": "vit"}, "is a 'vit' without vocab_size"),
         ({**BERT, "auto_map": {"AutoModel": "evil.Model"}}, "sets 'auto_map'"),
+        ({**BERT, "num_labels": 10**9}, "'num_labels' to 1000000000, expected at most 1024"),
+        ({**BERT, "num_hidden_layers": 10**9}, "'num_hidden_layers' to 1000000000, expected at most 1024"),
         ({**BERT, "attn_implementation": "someone/kernel"}, "sets 'attn_implementation'"),
         ({**BERT, "_attn_implementation": "someone/kernel"}, "sets '_attn_implementation'"),
         ({**BERT, "max_position_embeddings": 20}, "max_tokens is 24, but this encoder takes at most 20"),

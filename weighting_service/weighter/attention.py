@@ -22,7 +22,7 @@ def attention(
     """softmax(q^T k / sqrt(d)) over the samples, applied to v: [J, heads, d, B]."""
     keys = None if mask is None else mask[:, None, None, :]
     if torch.is_grad_enabled():
-        attended: Tensor = _Attention.apply(q * q.shape[-2] ** -0.5, k, v, keys)  # type: ignore[no-untyped-call]
+        attended: Tensor = _Attention.apply(q, k, v, keys)  # type: ignore[no-untyped-call]
         return attended
     q, k, v = (t.transpose(-1, -2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(-1, -2)
@@ -37,15 +37,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
-        scores = q.transpose(-1, -2) @ k  # [J, heads, B, B]
+        scores = (q * q.shape[-2] ** -0.5).transpose(-1, -2) @ k  # [J, heads, B, B]
         shares = (scores if keys is None else scores.masked_fill(~keys, -torch.inf)).softmax(-1)
-        ctx.save_for_backward(q, k, v, shares)
-        return v @ shares.transpose(-1, -2)
+        attended: Tensor = v @ shares.transpose(-1, -2)
+        ctx.save_for_backward(q, k, v, shares, attended)
+        return attended
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, shares = ctx.saved_tensors
-        scores = (gradient.transpose(-1, -2) @ v).mul_(shares)  # of the shares, then of the scores: p (g - sum p g)
-        scores.addcmul_(shares, scores.sum(-1, keepdim=True), value=-1)
-        return k @ scores.transpose(-1, -2), q @ scores, gradient @ shares, None
+        q, k, v, shares, attended = ctx.saved_tensors
+        # Of the shares p, then of the scores: p (g - sum of p g); the sum over samples is one over channels, too.
+        sums = (gradient * attended).sum(-2)[..., None]  # [J, heads, B, 1]
+        scores = (gradient.transpose(-1, -2) @ v).sub_(sums).mul_(shares)
+        scale = q.shape[-2] ** -0.5
+        return (k @ scores.transpose(-1, -2)).mul_(scale), (q @ scores).mul_(scale), gradient @ shares, None

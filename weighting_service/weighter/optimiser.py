@@ -28,9 +28,10 @@ class Layout:
         matrices = [name for name, t in tensors.items() if t.ndim >= 2]
         others = [name for name, t in tensors.items() if t.ndim < 2]  # biases, and the scales of norms
         self._shapes = {name: tensors[name].shape for name in (*matrices, *others)}
-        self._sizes = [_aligned(shape.numel()) for shape in self._shapes.values()]
+        sizes = {name: _aligned(shape.numel()) for name, shape in self._shapes.items()}
+        self._sizes = list(sizes.values())
         self.size = sum(self._sizes)
-        self.matrices = sum(self._sizes[: len(matrices)])  # elements at the start that matrices take
+        self.matrices = sum(sizes[name] for name in matrices)  # elements at the start that matrices take
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """The tensors inside `vector` [size], by name; they share its memory."""
@@ -42,12 +43,14 @@ class Layout:
 
     def joined(self, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """[size] of the dtype and device of `like`: a copy of `tensors`; those that are left out are zeros."""
-        vector = torch.zeros_like(like)
-        views = self.views(vector)
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                views[name].copy_(tensor)
-        return vector
+        parts = []
+        for (name, shape), size in zip(self._shapes.items(), self._sizes, strict=True):
+            given = tensors.get(name)
+            if given is not None:
+                parts.append(given.detach().to(like).reshape(-1))
+            if gap := size - (0 if given is None else shape.numel()):
+                parts.append(like.new_zeros(gap))
+        return torch.cat(parts)
 
 
 class AdamW:
