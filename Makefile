@@ -92,7 +92,7 @@ $(PROTOS_STAMP):
 	@.venv-protos/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) grpcio-tools==$(GRPC_TOOLS)
 	@touch $@
 
-bench: $(STAMP) ## measure round trips, the demo's overhead and memory; prints hardware and versions
+bench: $(STAMP) ## measure latency, overhead, durability, replay and fair shares against their goals; prints the hardware
 	$(BIN)/python -m benchmarks $(ARGS)
 
 soak: $(STAMP) ## kill the service 100 times while it learns and compare it with a twin; at most 15 minutes

@@ -1,4 +1,8 @@
-"""`python -m benchmarks`: every measurement, one after the other, each in a process of its own."""
+"""`python -m benchmarks`: what has a goal of speed, one after the other, each in a process of its own.
+
+Beside them stand what takes longer: `select` and `mixtures` (training), `pretaught` (makes the packaged weighter) and
+`soak` (kills).
+"""
 
 from __future__ import annotations
 

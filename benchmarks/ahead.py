@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.machine import describe, quantile
+from benchmarks.machine import describe, goal, goal_at_least, quantile
 from benchmarks.score import start_service
 from trainer_client import Client, Job, Timeouts, connect
 
@@ -58,11 +58,10 @@ def measure_together(url: str) -> float:
         rates = [(rate(jobs[:1]), rate(jobs)) for _ in range(5)]
     alone, all_of_them = (quantile([float(r[i]) for r in rates], 0.5) for i in (0, 1))
     ratio = all_of_them / alone
-    verdict = "reached" if ratio >= GOAL_TOGETHER else "MISSED"
     print(
         f"batches of {SAMPLES} x {TOKENS} tokens: one job {alone:,.0f} tokens/s, {JOBS} jobs {all_of_them:,.0f} in all"
     )
-    print(f"    ratio {ratio:.2f} (goal: at least {GOAL_TOGETHER}: {verdict})")
+    print(f"    ratio {ratio:.2f}", goal_at_least(ratio, GOAL_TOGETHER))
     return ratio
 
 
@@ -104,9 +103,8 @@ def measure_overhead(url: str, folder: Path, size: str, steps: int, rounds: int)
                 seconds[name].append((summary["train_seconds"] - summary["meta_seconds"]) / steps)  # step 0 is taught
     without, selecting = (quantile(seconds[name], 0.5) for name in ("without", "with"))
     overhead = selecting / without - 1
-    verdict = "reached" if overhead <= GOAL_OVERHEAD else "MISSED"
     print(f"{size}: a training step {1e3 * without:.1f} ms, with selection of 1 in 5 ahead {1e3 * selecting:.1f} ms")
-    print(f"    overhead {overhead:+.1%} (goal: at most {GOAL_OVERHEAD:.0%}: {verdict})")
+    print(f"    overhead {overhead:+.1%}", goal(overhead, GOAL_OVERHEAD, ".0%"))
     return overhead
 
 

@@ -28,8 +28,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from benchmarks.machine import describe, quantile
-from benchmarks.score import COLUMNS, NAMES, SAMPLES, goal, start_service
+from benchmarks.machine import describe, goal, quantile
+from benchmarks.score import COLUMNS, NAMES, SAMPLES, start_service
 from protos.weighting.v1 import weighting_pb2 as pb
 from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceStub
 from weighting_contract.tensors import to_message

@@ -14,8 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.machine import describe
-from benchmarks.score import goal
+from benchmarks.machine import describe, goal
 
 GOAL_SHARE = 0.20
 
@@ -33,7 +32,7 @@ def main() -> int:
     training = wall - score - meta
     share = (score + meta) / training
     print(f"{steps} steps: {wall:.1f} s, of which scoring {score:.2f} s and teaching {meta:.2f} s")
-    print(f"scoring and teaching over the rest of the training step: {share:.1%}", goal(share, GOAL_SHARE))
+    print(f"scoring and teaching over the rest of the training step: {share:.1%}", goal(share, GOAL_SHARE, ".0%"))
     return 0
 
 

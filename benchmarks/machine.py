@@ -1,4 +1,4 @@
-"""What a figure was measured on; printed beside every one."""
+"""What a figure was measured on and whether it reaches its goal; printed beside every one."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def goal(value: float, most: float, form: str = "g") -> str:
+    """The words that stand beside a figure that is to be at most `most`."""
+    return f"(goal: at most {most:{form}}: {'reached' if value <= most else 'MISSED'})"
+
+
+def goal_at_least(value: float, least: float, form: str = "g") -> str:
+    """The words that stand beside a figure that is to be at least `least`."""
+    return f"(goal: at least {least:{form}}: {'reached' if value >= least else 'MISSED'})"
 
 
 def quantile(values: Sequence[float], q: float) -> float:

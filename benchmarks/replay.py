@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, goal_at_least
 from trainer_client.run.session import SELECT_SPEC
 from weighting_contract.spec import WeighterSpec
 from weighting_service import pretaught
@@ -59,8 +59,8 @@ def main() -> int:
         best, mean = (given.updates / wall_s for wall_s in (quietest.wall_s, statistics.mean(r.wall_s for r in rounds)))
         print(
             f"{name}: {best:.0f} updates/s in the quietest of {given.rounds} rounds, {mean:.0f} on average; "
-            f"{1000 * quietest.cpu_s / given.updates:.2f} ms of processor time each "
-            f"(goal: at least {GOAL_PER_S:g}: {'reached' if best >= GOAL_PER_S else 'MISSED'})"
+            f"{1000 * quietest.cpu_s / given.updates:.2f} ms of processor time each",
+            goal_at_least(best, GOAL_PER_S),
         )
     return 0
 

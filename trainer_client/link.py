@@ -30,7 +30,7 @@ from weighting_contract.errors import (
 
 logger = logging.getLogger(__name__)
 
-LASTING_S = 10.0
+LASTING_S = 10.0  # longer than any time that passing overload asks for
 
 
 class Deadline:

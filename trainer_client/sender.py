@@ -76,11 +76,6 @@ class Sender:
         with self._changed:
             self._changed.notify_all()
 
-    def attach_soon(self) -> None:
-        with self._changed:
-            self._attach_at = 0.0
-            self._changed.notify_all()
-
     def take_error(self) -> WeighbridgeError | None:
         """The first update that was given up since the last time this was asked."""
         with self._changed:

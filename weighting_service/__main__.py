@@ -15,7 +15,10 @@ from weighting_service.settings import load_settings
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 after a clean stop, 2 for a mistake in the settings or an address that can't be had."""
+    """Exit status: 0 after a clean stop, 2 for a mistake in the settings or an address that can't be had.
+
+    `migrate` has 1 for what stands in its way.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     try:
         if given[:1] == ["token"]:
@@ -26,9 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
             return migrate(given[1:])
         settings = load_settings(given)
         configure_logging(settings.log_level, settings.log_format)
-        from weighting_service.app import (
-            serve_until_signal,
-        )  # torch takes seconds to import: --help need not wait for it
+        from weighting_service.app import serve_until_signal  # takes seconds, as torch does: --help need not wait
 
         asyncio.run(serve_until_signal(settings))
     except WeighbridgeError as exc:

@@ -6,16 +6,16 @@ Knows no use case and no transport.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from weighting_contract.errors import Unavailable
 from weighting_service.call_queue import EngineLimits
 from weighting_service.engine import Engine
-from weighting_service.guards import Storage, UnderWay
+from weighting_service.guards import Room, UnderWay
 from weighting_service.inputs import BatchLimits
 from weighting_service.metrics import Metrics
 from weighting_service.update_log import UpdateLog
@@ -59,7 +59,7 @@ class Core:
         self.metrics = metrics
         self.engine = Engine(limits.engine, metrics.observe_pass)
         self.under_way = UnderWay(limits.calls_per_job, self.engine.retry_after_s)
-        self.storage = Storage(
+        self.room = Room(
             update_log,
             self.run_io,
             metrics,
@@ -71,6 +71,7 @@ class Core:
         self.started = False
         self.draining = False
         self._io = ThreadPoolExecutor(1, "weighbridge-log")
+        self._changes: set[asyncio.Task[Any]] = set()  # begun and not ended
 
     async def run_io(self, work: Callable[[], T]) -> T:
         """`work` on the one thread that the log is used from."""
@@ -81,6 +82,17 @@ class Core:
             raise
         self.metrics.log_reachable.set(1)
         return result
+
+    async def to_its_end(self, change: Coroutine[Any, Any, T]) -> T:
+        """`change`, which goes on where its caller is gone: what it did to the log must show in this service too."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    async def changes_end(self) -> None:
+        """Until every change that was begun has ended."""
+        await asyncio.gather(*self._changes, return_exceptions=True)
 
     async def close_log(self) -> None:
         await self.run_io(self.log.close)

@@ -10,6 +10,8 @@ import numpy as np
 
 from weighting_contract.spec import WeighterSpec
 
+EVERYONE = "*"  # among the tenants that a weighter is shared with: all of them
+
 
 class Role(StrEnum):
     LEARN = "learn"
@@ -68,7 +70,7 @@ class WeighterRecord:
     spec: WeighterSpec
     created_unix_ms: int
     initial: str = ""  # what its parameters started from: fresh ones, or "pretaught"
-    shared_with: tuple[str, ...] = ()  # tenants that may use it beside its own; "*": all of them
+    shared_with: tuple[str, ...] = ()  # tenants that may use it beside its own, or EVERYONE
 
 
 @dataclass(frozen=True)

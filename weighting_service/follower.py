@@ -177,7 +177,7 @@ class Follower:
                     self._publish(hosted)
         finally:
             self._publish(hosted)
-        return len(entries) == READ_LIMIT
+        return bool(entries)
 
     def _apply(self, hosted: Hosted, entry: LogEntry) -> None:
         if isinstance(entry.content, Rollback):

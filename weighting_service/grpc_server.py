@@ -72,7 +72,7 @@ class GrpcServer:
                 ("grpc.http.overload_protection", 0),  # it refuses some calls of clients that keep to the limit
             ]
         )
-        self._server.add_generic_rpc_handlers((_handler(_Servicer(service, auth)),))
+        self._server.add_generic_rpc_handlers((_Door(_handler(_Servicer(service, auth)), service, auth),))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -152,7 +152,35 @@ class _Servicer:
         return TenantService(self._service, self._caller(context))
 
     def _caller(self, context: Context) -> Caller:
-        return self._auth.caller(_metadata(context, "authorization"))
+        return self._auth.caller(_value(context.invocation_metadata(), "authorization"))
+
+
+class _Door(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it takes none at run time
+    """Refuses whoever has no valid token before his message is read: it may be large, and there may be many."""
+
+    def __init__(
+        self, methods: grpc.GenericRpcHandler[Any, Any], service: WeightingService, auth: Authenticator
+    ) -> None:
+        self._methods = methods
+        self._service = service
+        self._auth = auth
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = self._methods.service(handler_call_details)
+        try:
+            self._auth.caller(_value(handler_call_details.invocation_metadata, "authorization"))
+        except Unauthenticated as exc:
+            return handler and self._refusing(exc, handler_call_details.method.rpartition("/")[2])
+        return handler
+
+    def _refusing(self, exc: Unauthenticated, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        async def refuse(_: AsyncIterator[Any], context: Context) -> None:
+            async with _answering(context):
+                with call(self._service.metrics, method):
+                    raise exc
+
+        # Whatever the method is: a stream's messages are read on request only.
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _handler(servicer: _Servicer) -> grpc.GenericRpcHandler[Any, Any]:
@@ -193,9 +221,10 @@ def _whole(request: M | InvalidArgument) -> M:
 @asynccontextmanager
 async def _answering(context: Context) -> AsyncIterator[None]:
     """Gives the call its id, and ends it with the status of a WeighbridgeError."""
-    identified = (REQUEST_ID, begin_request(_metadata(context, REQUEST_ID)))
+    sent = context.invocation_metadata()
+    identified = (REQUEST_ID, begin_request(_value(sent, REQUEST_ID)))
     context.set_trailing_metadata((identified,))
-    TRACER.begin(_metadata(context, TRACEPARENT))
+    TRACER.begin(_value(sent, TRACEPARENT))
     try:
         yield
     except WeighbridgeError as exc:
@@ -203,10 +232,10 @@ async def _answering(context: Context) -> AsyncIterator[None]:
         await context.abort(grpc.StatusCode[exc.code], exc.message[:MAX_MESSAGE], (identified, *retry))
 
 
-def _metadata(context: Context, key: str) -> str | None:
+def _value(metadata: Any, key: str) -> str | None:
     """The last value that the caller sent for `key`."""
     found = None
-    for name, value in context.invocation_metadata() or ():
+    for name, value in metadata or ():
         if name == key and isinstance(value, str):
             found = value
     return found

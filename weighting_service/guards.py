@@ -42,25 +42,31 @@ class UnderWay:
         return self._calls[caller]
 
     @contextmanager
-    def one_of(self, caller: str) -> Iterator[None]:
-        """Around one call. Raises ResourceExhausted where there are as many as there may be."""
-        if self._calls[caller] >= self._limit:
+    def one_of(self, caller: str, tenant: str = "") -> Iterator[None]:
+        """Around one call. Raises ResourceExhausted where there are as many as there may be.
+
+        Args:
+            caller: who makes it.
+            tenant: each one's callers of these words are others.
+        """
+        key = f"{tenant}/{caller}" if tenant else caller
+        if self._calls[key] >= self._limit:
             raise ResourceExhausted(
                 f"{caller} has {self._limit} calls under way, as many as it may have (--max-calls-per-job); wait for "
                 "an answer before the next call",
                 self._retry_after_s(),
             ).because("calls")
-        self._calls[caller] += 1
+        self._calls[key] += 1
         try:
             yield
         finally:
-            self._calls[caller] -= 1
-            if not self._calls[caller]:
-                del self._calls[caller]
+            self._calls[key] -= 1
+            if not self._calls[key]:
+                del self._calls[key]
 
 
-class Storage:
-    """Whether there is room for more updates. Looks once a second at most, off the loop.
+class Room:
+    """Whether there is room for more updates, in the log and on the disk. Looks once a second at most, off the loop.
 
     Args:
         run_io: runs a function on the log's thread.

@@ -27,7 +27,8 @@ from weighting_contract.errors import (
 from weighting_contract.spec import WeighterSpec, check_name
 from weighting_service import pretaught
 from weighting_service.core import Core, own_name, tenant_of
-from weighting_service.domain import Rollback, WeighterRecord
+from weighting_service.domain import EVERYONE, Rollback, WeighterRecord
+from weighting_service.guards import FULL_RETRY_S
 from weighting_service.roster import Entry, Roster
 from weighting_service.snapshots import SnapshotStore
 from weighting_service.views import Taught, WeighterView
@@ -36,9 +37,6 @@ from weighting_service.weighter import Weighter, count_parameters, weighter_file
 __all__ = ["Entry", "Weighters"]
 
 log = logging.getLogger(__name__)
-
-ANYONE = "*"  # among the tenants that a weighter is shared with
-FULL_RETRY_S = 30.0
 
 
 class Weighters(Roster):
@@ -139,7 +137,7 @@ class Weighters(Roster):
     async def share(self, name: str, tenants: tuple[str, ...]) -> WeighterView:
         """Says which tenants may use a weighter beside its own."""
         for tenant in tenants:
-            if tenant != ANYONE:
+            if tenant != EVERYONE:
                 check_name(tenant, "tenants")
         entry = await self.find(name)
         async with self._changing:
@@ -156,21 +154,28 @@ class Weighters(Roster):
         await self.look_for(entry, to_position)
         state = await self._snapshot_file(entry, to_position)
         uid, update_log = entry.record.uid, self._core.log
-        rollback = Rollback(to_position, state)
+        rollback, known = Rollback(to_position, state), entry.head
         position = await self._core.run_io(lambda: update_log.append_rollback(uid, rollback, expected_position))
+        self.check_grown(entry, known, position)
         self._head_is(entry, position)
         return Taught(position, False, entry.applied)
 
     async def delete(self, name: str) -> str:
         """Removes a weighter with its log, snapshots and jobs; returns its uid."""
         entry = await self.find(name)
+        uid = entry.record.uid
         async with self._changing:
             if entry.deleted:
                 raise NotFound(f"weighter {name!r} was deleted")
+            self._follower.drop(uid)
+            try:
+                await self._core.run_io(lambda: self._core.log.delete_weighter(uid))
+            except BaseException:  # the log has it still, or may have it
+                self._follower.host(entry.hosted)
+                raise
             self._forget(entry)
-            await self._core.run_io(lambda: self._core.log.delete_weighter(entry.record.uid))
             await self._delete_snapshots(entry.record)
-        return entry.record.uid
+        return uid
 
     async def export(self, name: str) -> dict[str, bytes]:
         """The weighter at its applied position, as files by name."""

@@ -27,8 +27,10 @@ from weighting_contract.ngrams import profile_table
 from weighting_contract.profile import Profile
 from weighting_contract.reference import ReferenceInfo
 from weighting_contract.spec import WeighterSpec, check_checksum, check_name, check_text
+from weighting_service.calls import is_of_job
 from weighting_service.core import Core, own_name, tenant_of
 from weighting_service.domain import JobRecord, WeighterRecord
+from weighting_service.guards import FULL_RETRY_S
 from weighting_service.hosting import Entry, Weighters
 from weighting_service.inputs import check_feature_names
 from weighting_service.leases import Leases
@@ -40,7 +42,6 @@ from weighting_service.views import JobRequest, JobView
 log = logging.getLogger(__name__)
 
 MAX_REASON = 500  # characters
-FULL_RETRY_S = 30.0
 
 
 class Jobs:
@@ -83,6 +84,7 @@ class Jobs:
 
     async def open(self, request: JobRequest) -> JobView:
         """A job of a weighter. A known id resumes that job; an empty one gets an id."""
+        is_of_job(request.role)  # whatever the job was before
         entry = await self._weighters.find(request.weighter)
         job_id = request.job_id or uuid.uuid4().hex
         check_name(own_name(job_id), "job_id")
@@ -90,6 +92,11 @@ class Jobs:
         profile = None
         if reference and request.profile:
             profile = await asyncio.to_thread(read_profile, request.profile, reference)
+        return await self._core.to_its_end(self._open(request, job_id, entry, reference, profile))
+
+    async def _open(
+        self, request: JobRequest, job_id: str, entry: Entry, reference: Reference | None, profile: Profile | None
+    ) -> JobView:
         async with self._changing:
             self._weighters.entry(request.weighter)  # it may have been deleted meanwhile
             known = await self._stored(job_id)
@@ -123,7 +130,7 @@ class Jobs:
             if job.quarantined != reason:
                 job = await self._put(replace(job, quarantined=reason))
                 self._weighters.job_changed(entry, job)
-                log.warning("job %r %s", job_id, f"is quarantined: {reason}" if reason else "may teach again")
+                log.warning("job %r %s", job_id, f"is quarantined: {reason!r}" if reason else "may teach again")
         return await self._view(job, resumed=True)
 
     async def heartbeat(self, job_id: str, fallback_steps: int) -> tuple[int, int]:
@@ -137,7 +144,8 @@ class Jobs:
         """Deletes an uploaded reference that no open job uses."""
         async with self._changing:
             users = [job.job_id for job in self._weighters.open_jobs() if job.reference == name]
-            if users:
+            everybodys = self._references.names().get(name)  # stays anyway, and its users are other tenants' jobs too
+            if users and not everybodys:
                 raise FailedPrecondition(f"reference {name!r} is in use by job {users[0]!r}; close it first")
             await self._references.delete(name)
 
@@ -150,8 +158,6 @@ class Jobs:
         entry = await self._weighters.find_uid(job.weighter_uid) if job else None
         if job is None or entry is None:
             self._core.check_loaded()
-            if job:
-                self._weighters.check_brought_up(job.weighter_uid)
             raise NotFound(f"there is no job {job_id!r}; open it first")
         if must_be_open:
             if not job.open:
@@ -308,12 +314,14 @@ class Jobs:
         return await self._find(job_id)
 
     async def _find(self, job_id: str) -> JobRecord | None:
-        if known := self._jobs.get(job_id):
-            return known
-        changes = self._changes
-        job = await self._core.run_io(lambda: self._core.log.job(job_id))
-        if job and changes == self._changes:  # else what was read may be what has changed
-            self._jobs[job_id] = job
+        job = self._jobs.get(job_id)
+        if job is None:
+            changes = self._changes
+            job = await self._core.run_io(lambda: self._core.log.job(job_id))
+            if job and changes == self._changes:  # else what was read may be what has changed
+                self._jobs[job_id] = job
+        if job:
+            is_of_job(job.role)
         return job
 
     async def _view(self, job: JobRecord, resumed: bool) -> JobView:

@@ -103,7 +103,7 @@ class Leases:
     async def _sweep_forever(self) -> None:
         while True:
             try:
-                await self._core.storage.show()
+                await self._core.room.show()
                 await self.sweep()
             except WeighbridgeError as exc:
                 log.warning("no idle jobs are closed for now: %s", exc.message)

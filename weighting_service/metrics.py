@@ -18,7 +18,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
-        self.requests = Counter("weighbridge_requests", "Calls answered", ["method", "code"], registry=r)
+        self.requests = Counter("weighbridge_requests", "Calls answered", ["method", "code", "job_class"], registry=r)
         self.request_seconds = Histogram(
             "weighbridge_request_seconds", "Time from call to answer", ["method"], buckets=SECONDS, registry=r
         )

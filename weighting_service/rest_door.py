@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from weighting_contract.errors import InvalidArgument, Unauthenticated
 from weighting_contract.tracing import TRACEPARENT
 from weighting_service.auth import Authenticator
+from weighting_service.calls import NO_JOB
 from weighting_service.logs import REQUEST_ID, begin_request
 from weighting_service.service import WeightingService
 from weighting_service.tenancy import TenantService
@@ -59,7 +60,7 @@ class Door:
             try:
                 caller = self._auth.caller(given)
             except Unauthenticated as exc:
-                self._service.metrics.requests.labels("unknown", exc.code).inc()
+                self._service.metrics.requests.labels("unknown", exc.code, NO_JOB).inc()
                 challenge = 'Bearer realm="weighbridge"' + (', error="invalid_token"' if given else "")
                 return error_response(exc.code, exc.message, exc.http_status, {"WWW-Authenticate": challenge})
             scope.setdefault("state", {})["tenant"] = TenantService(self._service, caller)

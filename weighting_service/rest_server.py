@@ -207,7 +207,7 @@ def _add_jobs(app: FastAPI, service: WeightingService) -> None:
 def _add_operations(app: FastAPI, service: WeightingService) -> None:
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:
-        """200 while the engine's thread answers."""
+        """200 while the engine's thread answers and the learning thread lives."""
         await service.check_alive()
         return {"status": "alive"}
 

@@ -185,12 +185,6 @@ class Roster:
                 f"weighter {entry.record.name!r} stopped at position {entry.applied} and is not served: {reason}"
             )
 
-    def check_brought_up(self, uid: str) -> None:
-        """Raises Unavailable where the log has that weighter, but it could not be brought up."""
-        for name, failed in self._failed.items():
-            if failed.uid == uid:
-                raise _not_served(name, failed)
-
     def by_uid(self, uid: str) -> Entry | None:
         return self._by_uid.get(uid)
 
@@ -214,6 +208,12 @@ class Roster:
             moved = entry.moved
             if entry.applied < position:
                 await moved.wait()
+
+    def check_grown(self, entry: Entry, known: int, position: int) -> None:
+        """Raises Unavailable where a new entry went to a `position` at which the log, by its `known` head, had one."""
+        if position <= known:
+            self._lost_updates(entry, known, position)
+            self._check_served(entry)
 
     def log_has_grown(self, entry: Entry) -> None:
         self._follower.notify(entry.record.uid)
@@ -296,14 +296,17 @@ class Roster:
             if entry.hosted.failure:
                 continue
             if head is not None and head < known:
-                self._out_of_service(
-                    entry,
-                    f"its log ended at position {known} and ends at {head} now, so the log has lost updates or is an "
-                    f"older copy; the state here is at {entry.hosted.weighter.position}, and nothing was overwritten: "
-                    "put the right log back and start the service again",
-                )
+                self._lost_updates(entry, known, head)
             elif head is not None and head > entry.head:
                 self._head_is(entry, head)
+
+    def _lost_updates(self, entry: Entry, known: int, head: int) -> None:
+        self._out_of_service(
+            entry,
+            f"its log ended at position {known} and ends at {head} now, so the log has lost updates or is an "
+            f"older copy; the state here is at {entry.hosted.weighter.position}, and nothing was overwritten: "
+            "put the right log back and start the service again",
+        )
 
     def _head_is(self, entry: Entry, position: int) -> None:
         entry.head = max(entry.head, position)

@@ -82,22 +82,30 @@ class Scoring:
         scores = await self._scored(entry, job_id, batch, options, min_position)
         return scores if return_statistics else replace(scores, statistics=None)
 
-    async def score_once(self, weighter: str, raw: RawInputs, column_order: tuple[str, ...] = ()) -> Scores:
-        """Weights for a batch without a job."""
+    async def score_once(
+        self, weighter: str, raw: RawInputs, column_order: tuple[str, ...] = (), tenant: str = ""
+    ) -> Scores:
+        """Weights for a batch without a job. Each tenant has its own share of the device."""
         entry = await self._weighters.find(weighter)
         check_feature_names(column_order, entry.record.spec)
-        with self._core.under_way.one_of(f"scoring by weighter {weighter!r} without a job"):
+        with self._core.under_way.one_of(f"scoring by weighter {weighter!r} without a job", tenant):
             inputs = await self.inputs(entry, raw, column_order)
-            return await self._scored(entry, f"weighter/{weighter}", inputs, ScoreOptions(), 0)
+            return await self._scored(entry, f"{tenant}:weighter/{weighter}", inputs, ScoreOptions(), 0)
 
     async def score_texts(
-        self, texts: tuple[str, ...], target: tuple[str, ...], weighter: str = "", reference: str = ""
+        self,
+        texts: tuple[str, ...],
+        target: tuple[str, ...],
+        weighter: str = "",
+        reference: str = "",
+        tenant: str = "",
     ) -> TextScores:
         """Weights for texts, by how they help towards a target that the example texts are of. Needs no job.
 
         Args:
             weighter: name; empty: the pretaught one of the package, which learns nothing.
             reference: name; empty: the one of the package.
+            tenant: who asks; each has its own share of the device.
         """
         if not target:
             raise InvalidArgument("target has no texts; give at least one example of what the weights should favour")
@@ -106,9 +114,10 @@ class Scoring:
         known = await self._references.find(reference or pretaught.NAME)
         check_fits(spec, known.info, known.name, weighter or pretaught.NAME)
         loaded = await self._references.load(known)
-        with self._core.under_way.one_of("scoring of texts without a job"):
+        with self._core.under_way.one_of("scoring of texts without a job", tenant):
             batch = await asyncio.to_thread(self._texts, spec, loaded, texts, target)
-            scores = await asyncio.wrap_future(self._core.engine.score("texts", hosted, batch, ScoreOptions()))
+            queue = f"{tenant}:texts"
+            scores = await asyncio.wrap_future(self._core.engine.score(queue, hosted, batch, ScoreOptions()))
         return TextScores(scores, batch.names)
 
     async def inputs(self, entry: Entry, raw: RawInputs, column_order: tuple[str, ...]) -> Inputs:

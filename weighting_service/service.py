@@ -91,6 +91,7 @@ class WeightingService:
         self.drain()
         await self._jobs.stop()
         await self._references.stop()
+        await self._core.changes_end()
         await asyncio.to_thread(self._core.engine.stop)
         await self._weighters.stop()
         await self._core.close_log()
@@ -100,7 +101,7 @@ class WeightingService:
         return self._core.not_ready_because()
 
     async def check_alive(self, timeout_s: float = 5.0) -> None:
-        """Raises Unavailable when the engine's or the follower's thread does not answer in time."""
+        """Raises Unavailable where the learning thread has ended, or the engine's does not answer in time."""
         if not self._weighters.learning_alive:
             raise Unavailable("the learning thread has ended")
         try:
@@ -139,7 +140,7 @@ class WeightingService:
             AlreadyExists: the name is taken by another one.
         """
         self._core.check_open()
-        return await self._weighters.create(name, spec, exist_ok, initial)
+        return await self._core.to_its_end(self._weighters.create(name, spec, exist_ok, initial))
 
     async def get_weighter(self, name: str) -> WeighterView:
         """A weighter, with the positions that it can be rolled back to."""
@@ -151,12 +152,12 @@ class WeightingService:
     async def delete_weighter(self, name: str) -> None:
         """Removes a weighter with its log, snapshots and jobs."""
         self._core.check_open()
-        self._jobs.forget(await self._weighters.delete(name))
+        await self._core.to_its_end(self._delete_weighter(name))
 
     async def share_weighter(self, name: str, tenants: tuple[str, ...]) -> WeighterView:
         """Says which tenants may use a weighter beside its own; "*" stands for all, none for its own alone."""
         self._core.check_open()
-        return await self._weighters.share(name, tenants)
+        return await self._core.to_its_end(self._weighters.share(name, tenants))
 
     async def rollback_weighter(self, name: str, to_position: int, expected_position: int | None = None) -> Taught:
         """Puts the state of the snapshot at `to_position` back, as a new entry of the log; durable when this returns.
@@ -165,7 +166,7 @@ class WeightingService:
             FailedPrecondition: there is no such snapshot, or the log does not end at `expected_position`.
         """
         self._core.check_open()
-        return await self._weighters.rollback(name, to_position, expected_position)
+        return await self._core.to_its_end(self._weighters.rollback(name, to_position, expected_position))
 
     async def export_weighter(self, name: str) -> dict[str, bytes]:
         """The weighter at its applied position, as files by name."""
@@ -219,7 +220,7 @@ class WeightingService:
 
     async def close_job(self, job_id: str) -> JobView:
         """Closes a job; what it taught stays. Closing twice is no error."""
-        return await self._jobs.close(job_id)
+        return await self._core.to_its_end(self._jobs.close(job_id))
 
     async def heartbeat(self, job_id: str, fallback_steps: int = 0) -> tuple[int, int]:
         """Says that a job is alive; returns the weighter's last and applied position."""
@@ -228,7 +229,7 @@ class WeightingService:
     async def quarantine_job(self, job_id: str, reason: str) -> JobView:
         """Keeps a job from teaching, for a reason that it is told; an empty reason lets it teach again."""
         self._core.check_open()
-        return await self._jobs.quarantine(job_id, reason)
+        return await self._core.to_its_end(self._jobs.quarantine(job_id, reason))
 
     # ---- Scores and updates -----------------------------------------------------------------------------------------
 
@@ -251,19 +252,29 @@ class WeightingService:
         self._core.check_open()
         return await self._scoring.score(job_id, raw, min_position, min_effective_share, return_statistics)
 
-    async def score_once(self, weighter: str, raw: RawInputs, column_order: tuple[str, ...] = ()) -> Scores:
-        """Weights for a batch without a job."""
+    async def score_once(
+        self, weighter: str, raw: RawInputs, column_order: tuple[str, ...] = (), tenant: str = ""
+    ) -> Scores:
+        """Weights for a batch without a job. Each tenant has its own share of the device."""
         self._core.check_open()
-        return await self._scoring.score_once(weighter, raw, column_order)
+        return await self._scoring.score_once(weighter, raw, column_order, tenant)
 
     async def score_texts(
-        self, texts: tuple[str, ...], target: tuple[str, ...], weighter: str = "", reference: str = ""
+        self,
+        texts: tuple[str, ...],
+        target: tuple[str, ...],
+        weighter: str = "",
+        reference: str = "",
+        tenant: str = "",
     ) -> TextScores:
         """Weights for texts, by how they help towards a target that the example texts are of. Needs no job."""
         self._core.check_open()
-        return await self._scoring.score_texts(texts, target, weighter, reference)
+        return await self._scoring.score_texts(texts, target, weighter, reference, tenant)
 
     async def meta_update(self, job_id: str, request: MetaUpdateRequest) -> Taught:
         """Appends a batch and its cotangent to the weighter's log; durable when this returns, applied soon after."""
         self._core.check_open()
         return await self._teaching.meta_update(job_id, request)
+
+    async def _delete_weighter(self, name: str) -> None:
+        self._jobs.forget(await self._weighters.delete(name))

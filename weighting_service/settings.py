@@ -39,7 +39,7 @@ class Settings(BaseSettings):
         Path("weighbridge-state"), description="directory of the update log, the snapshots and uploaded references"
     )
     log: str = Field(
-        "", description="redis://HOST:PORT/DB (rediss:// with TLS) for a log that several services share; else in --state"
+        "", description="redis://HOST:PORT/DB (rediss://: TLS) for a log that several services share; else in --state"
     )
     snapshots: str = Field(
         "", description="file:///DIR or s3://BUCKET/PREFIX for snapshots and uploaded references; else in --state"
@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     insecure: bool = Field(False, description="listen beyond this machine without tokens")
     tls_cert: Path | None = Field(None, description="PEM file of the certificate chain, for TLS on both ports")
     tls_key: Path | None = Field(None, description="PEM file of its private key")
-    tls_client_ca: Path | None = Field(None, description="PEM file of the CA that clients' certificates must be of (mTLS)")
+    tls_client_ca: Path | None = Field(None, description="PEM file of the CA that clients must be of (mTLS)")
     drain_s: float = Field(10.0, ge=0, le=600, description="seconds that calls under way get at SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what to log")
     log_format: Literal["text", "json"] = Field("text", description="text for people, json: one object a line")

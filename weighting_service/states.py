@@ -81,10 +81,7 @@ class States:
         """A fresh weighter and its snapshot at position 0: later versions of torch may initialise otherwise."""
         weighter = Weighter(record.spec, device=self._device, models_dir=self._models_dir)
         if record.initial:
-            try:
-                load_parameters(weighter, read_export(pretaught.weighter_folder()))
-            except InvalidArgument as exc:
-                raise _no_packaged(exc) from exc
+            load_parameters(weighter, self._packaged_files())  # InvalidArgument where they don't fit the spec
         hosted = Hosted(record, weighter, environment=environment(self._device))
         _warm_up(weighter)
         if record.spec.tokens and record.spec.tokens.tokenizer:
@@ -149,6 +146,12 @@ class States:
         hosted.environment = self._environment_of(hosted.record, snapshot)
 
     # ---- Inside -----------------------------------------------------------------------------------------------------
+
+    def _packaged_files(self) -> dict[str, bytes]:
+        try:
+            return read_export(pretaught.weighter_folder())
+        except InvalidArgument as exc:
+            raise _no_packaged(exc) from exc
 
     def _restored(self, record: WeighterRecord, snapshot: Snapshot | None) -> Hosted:
         if snapshot is None and record.initial:

@@ -139,7 +139,7 @@ class LocalStorage(Storage):
             except BaseException:
                 temporary.unlink(missing_ok=True)  # a full disk needs the space
                 raise
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def get(self, key: str) -> bytes:
         path = self._path(key)
@@ -164,8 +164,8 @@ class LocalStorage(Storage):
         with _naming(path):
             _make_durably(target.parent)
             path.rename(target)
-            _sync_folder(target.parent)
-            _sync_folder(path.parent)
+            sync_folder(target.parent)
+            sync_folder(path.parent)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -291,10 +291,11 @@ def _make_durably(folder: Path) -> None:
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
-        _sync_folder(made.parent)
+        sync_folder(made.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """After it the names in a folder survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -88,9 +88,12 @@ class Teaching:
         if await self._core.run_io(lambda: update_log.find(uid, update)) is None:
             await self._weighters.look_for(entry, update.scored_position)
             self._check_teachable(job, entry, update)
-            await self._core.storage.check()
+            await self._core.room.check()
+        known = entry.head
         with TRACER.span("log append", weighter=name):
             appended = await self._core.run_io(lambda: update_log.append(uid, update))
+        if not appended.duplicate:
+            self._weighters.check_grown(entry, known, appended.position)
         entry.head = max(entry.head, appended.position)
         metrics.position.labels(name).set(entry.head)
         if appended.duplicate:

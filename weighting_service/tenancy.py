@@ -18,7 +18,7 @@ from weighting_contract.errors import InvalidArgument, NotFound, PermissionDenie
 from weighting_contract.spec import check_name
 from weighting_service.auth import Caller
 from weighting_service.core import tenant_of
-from weighting_service.domain import RawInputs, Role, Scores, WeighterRecord
+from weighting_service.domain import EVERYONE, RawInputs, Role, Scores, WeighterRecord
 from weighting_service.service import WeightingService
 from weighting_service.views import (
     JobRequest,
@@ -29,8 +29,6 @@ from weighting_service.views import (
     TextScores,
     WeighterView,
 )
-
-EVERYONE = "*"  # in a weighter's list of tenants
 
 # The role that each call needs: the RPCs of the contract, and what REST has beside them.
 ROLE_OF = {
@@ -232,7 +230,7 @@ class TenantService:
     async def score_once(self, weighter: str, raw: RawInputs, column_order: tuple[str, ...] = ()) -> Scores:
         self.allow("ScoreOnce")
         with self._worded(lambda: self._no_weighter(weighter)):
-            return await self._service.score_once(self._weighter(weighter), raw, column_order)
+            return await self._service.score_once(self._weighter(weighter), raw, column_order, self._tenant)
 
     async def score_texts(
         self, texts: tuple[str, ...], target: tuple[str, ...], weighter: str = "", reference: str = ""
@@ -242,7 +240,7 @@ class TenantService:
         known = not hosted or hosted in self._service.weighter_records()
         with self._worded(lambda: self._no_reference(reference) if known else self._no_weighter(weighter)):
             return await self._service.score_texts(
-                texts, target, hosted, self._reference(reference) if reference else ""
+                texts, target, hosted, self._reference(reference) if reference else "", self._tenant
             )
 
     async def meta_update(self, job_id: str, request: MetaUpdateRequest) -> Taught:

@@ -86,6 +86,14 @@ def assert_taught(log: RedisUpdateLog, steps: list[int]) -> None:
 # ---- several clients
 
 
+@pytest.mark.parametrize("stray", "/?#")
+def test_a_password_that_ends_the_address_is_not_shown(stray: str) -> None:
+    with pytest.raises(InvalidArgument, match="write those of user and password as %2F") as refused:
+        RedisUpdateLog(f"redis://user:open{stray}sesame@localhost:1/0")
+    assert "open" not in str(refused.value)
+    assert "sesame" not in str(refused.value)
+
+
 def test_two_services_append_to_one_log_without_gaps_and_without_twice(url: str) -> None:
     start = threading.Barrier(2)
 

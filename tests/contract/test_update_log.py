@@ -315,6 +315,16 @@ class UpdateLogContract:
         assert [entry.position for entry in log.read(UID, 6, 3)] == [7]
         assert log.read(UID, 7, 3) == []
 
+    def test_read_gives_fewer_entries_where_they_are_large(self, log: UpdateLog) -> None:
+        for step in range(1, 6):
+            log.append(UID, update_of(step, samples=5000))
+        log.read_bytes = 100_000
+        assert [entry.position for entry in log.read(UID, 0, 5)] == [1, 2]
+        assert [entry.position for entry in log.read(UID, 4, 5)] == [5]
+        assert log.read(UID, 5, 5) == []
+        log.read_bytes = 1
+        assert [entry.position for entry in log.read(UID, 2, 5)] == [3], "one at least"
+
     def test_read_refuses_what_it_cannot_give(self, log: UpdateLog) -> None:
         log.append(UID, update_of(1))
         with pytest.raises(InvalidArgument, match="limit 0"):
@@ -364,7 +374,10 @@ class UpdateLogContract:
         before = log.size_bytes()
         for step in range(5):
             log.append(UID, update_of(step, samples=5000))
-        assert log.size_bytes() >= before + 5 * 5000 * 3 * 4
+        full = log.size_bytes()
+        assert full >= before + 5 * 5000 * 3 * 4
+        log.trim(UID, 5)
+        assert log.size_bytes() < full - 4 * 5000 * 3 * 4, "or there would be no way back from a log that is full"
 
     # ---- rollbacks
 

@@ -1,6 +1,6 @@
 """Sends a number of inputs to each surface of a target, and says what came back and what should not have.
 
-Everything follows from the seed and the code, but for the moments at which the service does what it does in the background.
+Everything follows from the seed and the code, but for when the service does what it does in the background.
 """
 
 from __future__ import annotations

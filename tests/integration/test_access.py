@@ -203,6 +203,20 @@ def test_nothing_works_without_a_token(callers: Callers, method: str) -> None:
         assert words in refused.message
 
 
+@pytest.mark.parametrize("method", ["Score", "StreamScore", "PutReference"])
+def test_no_message_is_taken_from_a_caller_without_a_token(running: ServiceThread, method: str) -> None:
+    larger_than_any = pb.PutReferenceRequest(name="r", files={"model.safetensors": bytes(65 << 20)})
+    options = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(f"127.0.0.1:{running.address.grpc_port}", options=options) as channel:
+        path = f"/weighting.v1.WeightingService/{method}"
+        call = channel.unary_unary(path, request_serializer=pb.PutReferenceRequest.SerializeToString)
+        with pytest.raises(grpc.RpcError) as error:
+            call(larger_than_any, timeout=TIMEOUT_S)
+    refused: Any = error.value
+    assert refused.code() is grpc.StatusCode.UNAUTHENTICATED, "it would be RESOURCE_EXHAUSTED, had it been read"
+    assert "x-request-id" in dict(refused.trailing_metadata())
+
+
 def test_lists_hold_ones_own(callers: Callers) -> None:
     assert [w.name for w in callers.ask("alice", "ListWeighters", "").weighters] == ["secret", "w"]
     assert [w.name for w in callers.ask("bob", "ListWeighters", "").weighters] == ["w"]
@@ -247,7 +261,16 @@ def test_what_comes_with_the_service_is_everybodys(callers: Callers) -> None:
         "carol", "GetReference", pb.GetReferenceRequest(name="pretaught", files=["tokenizer.json"])
     )
     assert (pretaught.name, list(pretaught.files)) == ("pretaught", ["tokenizer.json"])
-    assert isinstance(callers.refusal("carol", "DeleteReference", "pretaught"), FailedPrecondition)
+    callers.call("alice", "CreateWeighter", pb.CreateWeighterRequest(name="taught", initial="pretaught", exist_ok=True))
+    opening = pb.OpenJobRequest(weighter="taught", job_id="user", role=pb.ROLE_FROZEN)
+    opening.reference.name = "pretaught"
+    opening.profile.documents.CopyFrom(to_message(np.arange(40)))
+    opening.profile.lengths.CopyFrom(to_message(np.array([20, 20])))
+    wait_for(lambda: loaded(lambda: callers.call("alice", "OpenJob", opening)), timeout_s=60)
+    refused = callers.refusal("carol", "DeleteReference", "pretaught")
+    assert isinstance(refused, FailedPrecondition)
+    assert refused.message.startswith("reference 'pretaught' is not an upload"), "and nothing of alice's job"
+    callers.ask("alice", "DeleteWeighter", "taught")
     own = callers.call("alice", "GetReference", pb.GetReferenceRequest(name="secret"))
     assert (own.name, own.checksum) == ("secret", pretaught.checksum)
     files = dict(callers.call("carol", "GetReference", pb.GetReferenceRequest(name="pretaught", files=FILES)).files)

@@ -8,6 +8,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,15 @@ from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceStub
 from tests.conftest import ServiceThread
 from weighting_contract.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, WeighbridgeError
 from weighting_contract.tensors import to_message
+from weighting_service.auth import Caller
 from weighting_service.core import ServiceLimits
-from weighting_service.domain import MetaUpdate, RawInputs
+from weighting_service.domain import EVERYONE, MetaUpdate, RawInputs
 from weighting_service.grpc_server import STREAMS_PER_CONNECTION
 from weighting_service.references import ReferenceStore
 from weighting_service.service import WeightingService
 from weighting_service.snapshots import SnapshotStore
+from weighting_service.tenancy import TenantService
+from weighting_service.tokens import ROLES
 from weighting_service.update_log import Appended, SqliteUpdateLog
 from weighting_service.views import JobRequest, MetaUpdateRequest
 
@@ -126,6 +130,31 @@ def test_a_job_has_so_many_calls_under_way(tmp_path: Path) -> None:
             log.let.set()
             assert (await held).position == 1
             assert (await service.meta_update("job", update(1))).position == 2
+
+    run(main())
+
+
+def test_scoring_without_a_job_is_shared_out_among_tenants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, calls_per_job=1) as service:
+            await service.share_weighter("w", (EVERYONE,))
+            one, other = (TenantService(service, Caller(tenant, frozenset(ROLES), tenant)) for tenant in ("t", "u"))
+            kept: Future[Any] = Future()
+            monkeypatch.setattr(service._core.engine, "score", lambda *_: kept)
+            for score in (
+                lambda tenant: tenant.score_once("/w", BATCH),
+                lambda tenant: tenant.score_texts(("a text",), ("a target",)),
+            ):
+                held = [asyncio.ensure_future(score(tenant)) for tenant in (one, other)]
+                while len(service._core.under_way._calls) < 2:
+                    await asyncio.sleep(0.01)
+                with pytest.raises(ResourceExhausted, match="without a job has 1 calls under way") as refused:
+                    await score(one)
+                assert "'t" not in refused.value.message
+                for call in held:
+                    call.cancel()
+                await asyncio.wait(held)
+                kept = Future()
 
     run(main())
 

@@ -75,7 +75,7 @@ def test_two_trainers_at_once_share_a_weighter_or_have_one_each(
     assert all(w["jobs_open"] == 0 for w in weighters.values())
     families = text_string_to_metric_families(httpx.get(address.rest_url + "/metrics").text)
     requests = next(f for f in families if f.name == "weighbridge_requests").samples
-    scored = sum(s.value for s in requests if s.labels == {"method": "Score", "code": "OK"})
+    scored = sum(s.value for s in requests if s.labels == {"method": "Score", "code": "OK", "job_class": "learn"})
     assert 0 < asked <= scored  # an answer that came too late was a fallback for its trainer
 
 

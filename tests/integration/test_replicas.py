@@ -293,6 +293,25 @@ def test_a_log_that_lost_its_end_is_refused_by_name(replica: Make, redis: RedisS
     assert {path: path.read_bytes() for path in (tmp_path / "shared").rglob("*.safetensors")} == snapshots
 
 
+def test_an_update_where_another_was_lost_is_not_acknowledged(replica: Make, redis: RedisServer) -> None:
+    one = replica("one", sync_s=60)  # the append is the first to see it
+    one.open()
+    for step in range(3):
+        one.teach(step)
+    with redis.client() as client:
+        older = {key: client.dump(key) for key in client.scan_iter()}
+        one.teach(3)
+        one.weights(4)
+        client.flushall()
+        for key, value in older.items():
+            client.restore(key, 0, value)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match=r"'w' .* is not served: its log ended at position 4 and ends at 4 now"):
+            one.teach(4)
+    with pytest.raises(Unavailable, match="is not served"):
+        one.weights(0)
+
+
 def test_a_log_that_was_emptied_is_not_taken_for_a_deletion(replica: Make, redis: RedisServer, tmp_path: Path) -> None:
     one = replica("one")
     one.open()

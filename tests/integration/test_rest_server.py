@@ -71,13 +71,32 @@ def test_health_and_metrics(rest: httpx.Client) -> None:
     created(rest)
     assert rest.get("/healthz").json() == {"status": "alive"}
     assert rest.get("/readyz").json() == {"status": "ready"}
-    rest.post("/v1/weighters/w/score", json={"inputs": {"features": rows().tolist()}})
+    batch = {"inputs": {"features": rows().tolist()}}
+    rest.post("/v1/weighters/w/score", json=batch)
+    for job_id, role in (("job", "learn"), ("scorer", "frozen")):
+        rest.post("/v1/jobs", json={"weighter": "w", "job_id": job_id, "role": role})
+        rest.post(f"/v1/jobs/{job_id}/score", json=batch)
+    rest.post("/v1/jobs/scorer/meta-updates", json={"step": 0, "cotangent": [1.0] * 8, **batch})
+    rest.post("/v1/jobs/nobody/score", json=batch)
     families = {f.name: f for f in text_string_to_metric_families(rest.get("/metrics").text)}
-    requests = {(s.labels["method"], s.labels["code"]): s.value for s in families["weighbridge_requests"].samples}
-    assert requests["ScoreOnce", "OK"] == 1
+    requests = {
+        (s.labels["method"], s.labels["code"], s.labels["job_class"]): s.value
+        for s in families["weighbridge_requests"].samples
+        if s.name.endswith("_total")
+    }
+    assert requests == {
+        ("CreateWeighter", "OK", "none"): 1,
+        ("ScoreOnce", "OK", "none"): 1,
+        ("OpenJob", "OK", "learn"): 1,
+        ("OpenJob", "OK", "frozen"): 1,
+        ("Score", "OK", "learn"): 1,
+        ("Score", "OK", "frozen"): 1,
+        ("Score", "NOT_FOUND", "none"): 1,
+        ("MetaUpdate", "FAILED_PRECONDITION", "frozen"): 1,
+    }
     assert families["weighbridge_weighters"].samples[0].value == 1
     samples = {s.name: s.value for s in families["weighbridge_pass_samples"].samples}
-    assert samples["weighbridge_pass_samples_sum"] == 8
+    assert samples["weighbridge_pass_samples_sum"] == 24
 
 
 def test_documentation(rest: httpx.Client) -> None:

@@ -53,7 +53,8 @@ class UpdateLog(abc.ABC):
     Positions of a weighter are 1, 2, 3, ... without gaps. An update is recorded exactly once by (job, update id), for
     as long as its weighter exists: trimming an entry forgets its content, not that it was taken.
 
-    `shared` says whether other services may write to the same log meanwhile.
+    `shared` says whether other services may write to the same log meanwhile. `read_bytes` is what the entries of one
+    `read` take, about: a tenant's updates may be as large as messages are.
 
     All methods raise, beside what they list:
         NotFound: a weighter uid that the log doesn't hold (where nothing else is said).
@@ -63,6 +64,7 @@ class UpdateLog(abc.ABC):
     """
 
     shared: bool
+    read_bytes = 64 << 20
 
     @abc.abstractmethod
     def create_weighter(self, record: WeighterRecord) -> None:
@@ -162,7 +164,9 @@ class UpdateLog(abc.ABC):
 
     @abc.abstractmethod
     def read(self, weighter_uid: str, after: int, limit: int, chain: str = "") -> list[LogEntry]:
-        """Up to `limit` entries from position `after` + 1 on, in order and without gaps; empty at the head.
+        """Up to `limit` entries from position `after` + 1 on, in order and without gaps; empty at the head alone.
+
+        Fewer where they take more than `read_bytes`.
 
         Args:
             chain: of the entry at `after`, as the caller knows it; empty: he doesn't.
@@ -223,7 +227,7 @@ class UpdateLog(abc.ABC):
 
     @abc.abstractmethod
     def size_bytes(self) -> int:
-        """What the log occupies, in bytes; space of trimmed entries is used again before it grows."""
+        """What is in the log takes, in bytes: less once entries are trimmed or weighters deleted."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -212,8 +212,8 @@ class RedisUpdateLog(UpdateLog):
     def read(self, weighter_uid: str, after: int, limit: int, chain: str = "") -> list[LogEntry]:
         refusals.check_range(after, limit)
         keys, uid = self._keys, weighter_uid
-        _, head, trimmed, known, found = self._ask(
-            uid, scripts.READ, [keys.heads, keys.history(uid), keys.entries(uid)], after, limit
+        _, head, trimmed, known, found, cut = self._ask(
+            uid, scripts.READ, [keys.heads, keys.history(uid), keys.entries(uid)], after, limit, self.read_bytes
         )
         head, trimmed = int(head), int(trimmed or 0)
         if after > head:
@@ -222,7 +222,8 @@ class RedisUpdateLog(UpdateLog):
             raise refusals.entries_trimmed(self._name(uid), after, trimmed)
         if chain and known and known.decode() != chain:
             raise refusals.other_history(self._name(uid), after, head)
-        return self._entries(uid, range(after + 1, min(after + limit, head) + 1), found)
+        last = int(found[-1][0].partition(b"-")[0]) if cut else min(after + limit, head)
+        return self._entries(uid, range(after + 1, last + 1), found)
 
     def last_taught(self, job_id: str) -> tuple[int, int]:
         return records.taught_fields(self._of_job(job_id, self._keys.taught))

@@ -139,6 +139,11 @@ def hash_of(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 def _parsed(url: str) -> tuple[str, str, str]:
     """(what redis-py takes, prefix of the keys, what may be shown to people) of a URL."""
     parts = urlsplit(url)
+    if parts.scheme != "unix" and "@" in parts.path + parts.query + parts.fragment:  # what is shown would be a secret
+        raise InvalidArgument(
+            "the log's URL has an @ behind a slash, ? or #; write those of user and password as %2F, %3F and %23, and "
+            "an @ as %40"
+        )
     where = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise InvalidArgument(

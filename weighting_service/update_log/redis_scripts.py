@@ -133,15 +133,26 @@ local function chain_at(entries, history, position)
 end
 """
 
+# Entries until there are `limit`, or they take `most` bytes.
 READ = (
     _CHAIN_AT
     + """
 local heads, history, entries = unpack(KEYS)
-local uid, after, limit = unpack(ARGV)
+local uid, after, limit, most = unpack(ARGV)
 local head = redis.call('HGET', heads, uid)
 if not head then return {'no_weighter'} end
-local found = redis.call('XRANGE', entries, string.format('%.0f-0', after + 1), '+', 'COUNT', limit)
-return {'found', head, redis.call('HGET', history, 'trimmed'), chain_at(entries, history, after), found}
+local found, size = {}, 0
+for position = after + 1, math.min(after + limit, head) do
+    local id = string.format('%.0f-0', position)
+    local entry = redis.call('XRANGE', entries, id, id)[1]
+    if entry then
+        found[#found + 1] = entry
+        for _, field in ipairs(entry[2]) do size = size + #field end
+        if size >= tonumber(most) then break end
+    end
+end
+local cut = size >= tonumber(most) and 1 or 0
+return {'found', head, redis.call('HGET', history, 'trimmed'), chain_at(entries, history, after), found, cut}
 """
 )
 

@@ -184,14 +184,11 @@ class SqliteUpdateLog(UpdateLog):
             if after < weighter.trimmed:
                 raise refusals.entries_trimmed(weighter.name, after, weighter.trimmed)
             known = rows.chain_at(db, weighter, after) if chain else ""
-            found = db.execute(
-                "SELECT position, crc32, chain, kind, payload FROM entries WHERE weighter = ? AND position > ? "
-                "ORDER BY position LIMIT ?",
-                (weighter.id, after, limit),
-            ).fetchall()
+            found, cut = rows.entry_rows(db, weighter.id, after, limit, self.read_bytes)
         if known and known != chain:
             raise refusals.other_history(weighter.name, after, weighter.head)
-        expected = range(after + 1, min(after + limit, weighter.head) + 1)
+        last = found[-1][0] if cut else min(after + limit, weighter.head)
+        expected = range(after + 1, last + 1)
         missing = set(expected) - {position for position, *_ in found}
         if missing:
             raise refusals.entry_missing(weighter.name, weighter_uid, min(missing), str(self._path))
@@ -238,9 +235,11 @@ class SqliteUpdateLog(UpdateLog):
             sqlite_copies.insert_copy(db, copy, entries, taken)
 
     def size_bytes(self) -> int:
-        with self._reading():
-            files = (self._path, self._path.with_name(self._path.name + "-wal"))
-            return sum(file.stat().st_size for file in files if file.exists())
+        """Without the pages that are free: the file does not shrink, and they are used again before it grows."""
+        with self._reading() as db:
+            asked = ("page_count", "freelist_count", "page_size")
+            pages, free, page = (int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in asked)
+        return (pages - free) * page
 
     def close(self) -> None:
         with self._mutex, translated(self._path):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from weighting_contract.errors import FailedPrecondition, ResourceExhausted, Unavailable, WeighbridgeError
+from weighting_service.storage import sync_folder
 
 APPLICATION_ID = 0x57425247  # "WBRG", in the file's header: tells our files from other programs' databases
 
@@ -91,7 +92,7 @@ def open_file(path: Path) -> sqlite3.Connection:
         if version < SCHEMA_VERSION:
             _upgrade(db, version)
         if version == 0:
-            _sync_folder(path.parent)  # the file's name must survive a power loss too
+            sync_folder(path.parent)  # the file's name must survive a power loss too
     except BaseException:
         db.close()
         raise
@@ -137,14 +138,6 @@ def _upgrade(db: sqlite3.Connection, version: int) -> None:
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     db.execute("COMMIT")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def lock(path: Path) -> int:

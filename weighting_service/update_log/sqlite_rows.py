@@ -5,6 +5,7 @@ Must not know transactions, locks or the file's path.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import zlib
@@ -145,6 +146,24 @@ def insert_entry(
         "INSERT INTO entries (weighter, position, crc32, payload, kind, chain) VALUES (?, ?, ?, ?, ?, ?)",
         (weighter, position, crc, payload, kind, chain),
     )
+
+
+def entry_rows(
+    db: sqlite3.Connection, weighter: int, after: int, limit: int, most_bytes: int
+) -> tuple[list[tuple[int, int, str, str, bytes]], bool]:
+    """Up to `limit` rows behind `after`, and whether `most_bytes` cut them short."""
+    asked = (
+        "SELECT position, crc32, chain, kind, payload FROM entries WHERE weighter = ? AND position > ? "
+        "ORDER BY position LIMIT ?"
+    )
+    found, size = [], 0
+    with contextlib.closing(db.execute(asked, (weighter, after, limit))) as cursor:
+        for row in cursor:
+            found.append(row)
+            size += len(row[-1])
+            if size >= most_bytes:
+                break
+    return found, size >= most_bytes
 
 
 def entry_checksum(uid: str, position: int, chain: str, kind: str, payload: bytes) -> int:
