@@ -92,17 +92,18 @@ def train(url: str, steps: int) -> Counter[str]:
     with connect(url) as client:
         reference = client.get_reference("pretaught", ["tokenizer.json"])  # (1) its tokenizer is ours, too
         tokenizer = Tokenizer.from_str(reference.files["tokenizer.json"].decode())
-        validation = torch.tensor(windows_of(validation_texts, tokenizer))
+        described, judged = (windows_of(validation_texts[part], tokenizer) for part in (slice(0, -4), slice(-4, None)))
+        judges = torch.tensor(judged)  # other documents than the profile's: what resembles those looks useful to them
         dataset = OwnData({source: windows_of(own, tokenizer) for source, own in texts.items()})
         loader = DataLoader(dataset, BATCH, num_workers=2)
         model = OwnModel(tokenizer.get_vocab_size())
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-        with client.open_job(  # (2) the validation samples say what we care about
+        with client.open_job(  # (2) validation samples say what we care about
             weighter="select-loader",
             initial="pretaught",
             reference="pretaught",
             tokenizer_checksum=reference.tokenizer_checksum,
-            profile=validation.numpy(),
+            profile=described,
         ) as job:
             batches = select(loader, job, candidates=CANDIDATES)  # (3) instead of the loader
             for step, batch in zip(range(steps), batches, strict=False):
@@ -111,7 +112,7 @@ def train(url: str, steps: int) -> Counter[str]:
                 optimizer.zero_grad()
                 loss.backward()
                 if batches.due:
-                    towards = validation[torch.randint(len(validation), (BATCH,))]
+                    towards = judges[torch.randint(len(judges), (BATCH,))]
                     taught = cotangent(model, sample_losses, ids[:TAUGHT], towards, learning_rate=LEARNING_RATE)
                     batches.teach(taught)  # (4)
                 optimizer.step()
