@@ -29,7 +29,7 @@ from weighting_contract.reference import ReferenceInfo
 from weighting_contract.spec import WeighterSpec, check_checksum, check_name, check_text
 from weighting_service.calls import is_of_job
 from weighting_service.core import Core, own_name, tenant_of
-from weighting_service.domain import JobRecord, WeighterRecord
+from weighting_service.domain import JobRecord, Role, WeighterRecord
 from weighting_service.guards import FULL_RETRY_S
 from weighting_service.hosting import Entry, Weighters
 from weighting_service.inputs import check_feature_names
@@ -166,6 +166,11 @@ class Jobs:
                 raise FailedPrecondition(f"job {job_id!r} {JOB_CLOSED}")
             self._leases.heard(job_id)
         return job, self._weighters.entry(entry.record.name)
+
+    async def role(self, job_id: str) -> Role | None:
+        """Of a job, open or not; None where there is none."""
+        job = await self._find(job_id)
+        return job.role if job else None
 
     async def weighter(self, job_id: str) -> WeighterRecord:
         """The weighter of a job, open or not; also one that is not served. Raises NotFound."""

@@ -16,7 +16,7 @@ import torch
 
 from weighting_contract.errors import Unavailable
 from weighting_service.core import Core, ServiceLimits
-from weighting_service.domain import RawInputs, Scores, WeighterRecord
+from weighting_service.domain import RawInputs, Role, Scores, WeighterRecord
 from weighting_service.hosting import Weighters
 from weighting_service.jobs import Jobs
 from weighting_service.metrics import Metrics
@@ -123,6 +123,10 @@ class WeightingService:
     async def weighter_of(self, job_id: str) -> WeighterRecord:
         """Of a job, open or not."""
         return await self._jobs.weighter(job_id)
+
+    async def role_of(self, job_id: str) -> Role | None:
+        """Of a job, open or not; None where there is none."""
+        return await self._jobs.role(job_id)
 
     # ---- Weighters --------------------------------------------------------------------------------------------------
 

@@ -166,6 +166,8 @@ class TenantService:
             self._caller.require("teach", "OpenJob of a learning job")
         job_id = request.job_id or uuid.uuid4().hex
         check_name(job_id, "job_id")
+        if await self._service.role_of(self._inside(job_id)) is Role.LEARN:  # it would be changed
+            self._caller.require("teach", f"OpenJob of {job_id!r}, which is a learning job,")
         weighter = self._weighter(request.weighter)
         known = weighter in self._service.weighter_records()
 

@@ -176,6 +176,18 @@ def test_every_rpc_has_a_role_and_is_tried_here() -> None:
     assert {m for m in RPCS if "Stream" not in m and m != "WatchWeighter"} == set(rest_json.ROUTES)
 
 
+def test_who_may_only_score_does_not_change_a_learning_job(callers: Callers) -> None:
+    token = WITHOUT["teach"]
+    frozen = pb.OpenJobRequest(weighter="w", job_id="job", role=pb.ROLE_FROZEN, feature_names=["length", "loss"])
+    with pytest.raises(PermissionDenied, match=r"OpenJob of 'job', which is a learning job, needs the role 'teach'"):
+        callers.call(token, "OpenJob", frozen)
+    own = pb.OpenJobRequest(weighter="w", job_id=f"scorer-{callers.kind}", role=pb.ROLE_FROZEN)
+    for resumed in (False, True):
+        assert callers.call(token, "OpenJob", own).resumed == resumed
+    again = callers.call("alice", "OpenJob", pb.OpenJobRequest(weighter="w", job_id="job"))
+    assert (again.resumed, again.role) == (True, pb.ROLE_LEARN)
+
+
 @pytest.mark.parametrize("method", RPCS)
 def test_a_call_without_its_role_is_refused_by_name(callers: Callers, method: str) -> None:
     role = ROLE_OF[method]
