@@ -258,12 +258,12 @@ class Roster:
         """Takes a weighter into service. Raises FailedPrecondition where its state is beyond the log."""
         record, update_log = hosted.record, self._core.log
         uid, tokens = record.uid, record.spec.tokens
-        jobs = await self._core.run_io(lambda: update_log.jobs(uid))
+        jobs = await self._core.run_io(lambda: update_log.open_jobs(uid))
         entry = Entry(
             hosted,
             head=await self._core.run_io(lambda: update_log.head(uid)),
             tokenize=load_tokenizer(tokens.tokenizer, self._models_dir) if tokens and tokens.tokenizer else None,
-            open_jobs=_open(jobs),
+            open_jobs=_by_id(jobs),
         )
         if hosted.weighter.position > entry.head:
             raise FailedPrecondition(
@@ -348,11 +348,11 @@ class Roster:
 
     async def _see_again(self, entry: Entry, record: WeighterRecord) -> None:
         try:
-            jobs = await self._core.run_io(lambda: self._core.log.jobs(record.uid))
+            jobs = await self._core.run_io(lambda: self._core.log.open_jobs(record.uid))
         except NotFound:  # deleted meanwhile, which the next look sees
             return
         entry.hosted.record = record
-        before, entry.open_jobs = entry.open_jobs, _open(jobs)
+        before, entry.open_jobs = entry.open_jobs, _by_id(jobs)
         for job_id in before.keys() - entry.open_jobs.keys():
             self._core.metrics.forget_job(record.name, job_id)
         self._show_trust(entry)
@@ -399,5 +399,5 @@ def _not_served(name: str, failed: Failed) -> Unavailable:
     return Unavailable(f"weighter {name!r} is not served: {failed.reason}")
 
 
-def _open(jobs: list[JobRecord]) -> dict[str, JobRecord]:
-    return {job.job_id: job for job in jobs if job.open}
+def _by_id(jobs: list[JobRecord]) -> dict[str, JobRecord]:
+    return {job.job_id: job for job in jobs}

@@ -489,6 +489,17 @@ def test_damaged_profile_is_found_and_its_job_still_listed(
         log.profile("job-2")
 
 
+def test_open_jobs_are_told_without_a_look_at_closed_ones(
+    log: RedisUpdateLog, url: str, redis_server: RedisServer
+) -> None:
+    log.put_job(dataclasses.replace(REFERENCE_JOB, open=False))
+    with redis_server.client() as client:
+        client.hset(f"{prefix_of(url)}{{{UID}}}:jobs", REFERENCE_JOB.job_id, "2 {damaged")
+    assert log.open_jobs(UID) == [JOB]
+    with pytest.raises(ValueError, match="property name"):
+        log.jobs(UID)
+
+
 def test_other_things_under_the_keys_are_refused_and_left(
     log: RedisUpdateLog, url: str, redis_server: RedisServer
 ) -> None:

@@ -24,6 +24,7 @@ from log_samples import (
 )
 
 from weighting_contract.errors import FailedPrecondition, Internal, ResourceExhausted, Unavailable
+from weighting_service.domain import JobRecord, Role
 from weighting_service.update_log import SqliteUpdateLog
 
 APPENDER = Path(__file__).with_name("append_until_killed.py")
@@ -181,6 +182,31 @@ def test_damaged_profile_is_found_and_its_job_still_listed(path: Path) -> None:
             log.profile("job-2")
         log.put_job(REFERENCE_JOB, profile_of(1))
         assert_profile(log, "job-2", profile_of(1))
+
+
+def test_open_jobs_cost_nothing_for_closed_ones(path: Path) -> None:
+    with SqliteUpdateLog(path) as log:
+
+        def steps() -> int:
+            """Of SQLite's machine, for the open jobs."""
+            count = 0
+
+            def counted() -> int:
+                nonlocal count
+                count += 1
+                return 0
+
+            db = log._db
+            assert db is not None
+            db.set_progress_handler(counted, 1)
+            assert log.open_jobs(UID) == [JOB]
+            db.set_progress_handler(None, 1)
+            return count
+
+        before = steps()
+        for number in range(20):
+            log.put_job(JobRecord(f"closed-{number}", UID, Role.LEARN, open=False))
+        assert steps() == before > 0
 
 
 def test_deleted_weighter_frees_the_space_of_its_profiles(path: Path) -> None:

@@ -41,6 +41,12 @@ APPENDER = Path(__file__).with_name("append_until_killed.py")
 Opener = Callable[[], UpdateLog]
 
 
+def open_jobs(log: UpdateLog, uid: str) -> list[JobRecord]:
+    found = log.open_jobs(uid)
+    assert found == [job for job in log.jobs(uid) if job.open]
+    return found
+
+
 class UpdateLogContract:
     """The tests that every implementation passes; `opener` opens the same storage each time it is called."""
 
@@ -105,6 +111,7 @@ class UpdateLogContract:
             lambda: log.read(OTHER_UID, 0, 1),
             lambda: log.trim(OTHER_UID, 1),
             lambda: log.jobs(OTHER_UID),
+            lambda: log.open_jobs(OTHER_UID),
             lambda: log.delete_weighter(OTHER_UID),
             lambda: log.put_job(JobRecord("job-2", OTHER_UID, Role.LEARN)),
         ):
@@ -123,6 +130,37 @@ class UpdateLogContract:
             assert again.jobs(UID) == [closed, second]
             assert again.job("job-2") == second
             assert again.job("job-3") is None
+
+    def test_open_jobs_are_those_of_all_that_are_open(self, log: UpdateLog, opener: Opener) -> None:
+        log.create_weighter(OTHER)
+        ids = [f"job-{n}" for n in (1, 10, 9, 2)]  # neither their order by name nor that of a hash
+        first, second, third, fourth = jobs = [JobRecord(job_id, UID, Role.LEARN) for job_id in ids]
+        for job in jobs:
+            log.put_job(job)
+        log.put_job(JobRecord("elsewhere", OTHER_UID, Role.LEARN))
+        log.put_job(JobRecord("never open", UID, Role.LEARN, open=False))
+        assert open_jobs(log, UID) == jobs
+
+        for job in (first, third):
+            log.put_job(dataclasses.replace(job, open=False))
+        log.put_job(dataclasses.replace(third, open=False))  # closing twice is closing
+        assert open_jobs(log, UID) == [second, fourth]
+
+        opened_again = dataclasses.replace(first, role=Role.FROZEN, quarantined="nonsense")
+        log.put_job(opened_again)
+        with pytest.raises(AlreadyExists, match="job-10"):
+            log.put_job(dataclasses.replace(second, weighter_uid=OTHER_UID))
+        log.close()
+        with opener() as again:
+            assert open_jobs(again, UID) == [opened_again, second, fourth], "a job keeps its place"
+            assert open_jobs(again, OTHER_UID) == [JobRecord("elsewhere", OTHER_UID, Role.LEARN)]
+
+            again.delete_weighter(UID)
+            with pytest.raises(NotFound, match=UID):
+                again.open_jobs(UID)
+            again.create_weighter(WEIGHTER)
+            assert open_jobs(again, UID) == []
+            assert len(open_jobs(again, OTHER_UID)) == 1
 
     def test_job_stays_with_its_weighter(self, log: UpdateLog) -> None:
         log.create_weighter(OTHER)
@@ -570,6 +608,21 @@ class UpdateLogContract:
             assert log.weighters() == [WEIGHTER, moved]
             assert log.export(OTHER_UID) == back.export(OTHER_UID) != exported
 
+    def test_open_jobs_of_a_copy_are_open_and_can_be_closed(self, log: UpdateLog, tmp_path: Path) -> None:
+        jobs = [JobRecord(f"job-{n}", OTHER_UID, Role.LEARN, open=n != 3) for n in (4, 3, 2)]
+        with SqliteUpdateLog(tmp_path / "source.sqlite") as source, SqliteUpdateLog(tmp_path / "back.sqlite") as back:
+            source.create_weighter(OTHER)
+            for job in jobs:
+                source.put_job(job)
+            log.import_(source.export(OTHER_UID), [], [])
+            back.import_(log.export(OTHER_UID), [], [])
+            for each in (log, back):
+                assert open_jobs(each, OTHER_UID) == [jobs[0], jobs[2]]
+                each.put_job(dataclasses.replace(jobs[0], open=False))
+                each.put_job(dataclasses.replace(jobs[1], open=True))
+                assert [job.job_id for job in open_jobs(each, OTHER_UID)] == ["job-3", "job-2"]
+        assert open_jobs(log, UID) == [JOB]
+
     def test_copy_of_what_is_there_is_refused_and_changes_nothing(self, log: UpdateLog, tmp_path: Path) -> None:
         log.append(UID, update_of(1))
         before = log.export(UID)
@@ -612,8 +665,11 @@ class UpdateLogContract:
             log.import_(copy, broken(), taken)
         assert log.weighters() == [WEIGHTER]
         assert log.job("job-2") is None
+        fewer_open = dataclasses.replace(copy.jobs[0], record=dataclasses.replace(copy.jobs[0].record, open=False))
+        copy = dataclasses.replace(copy, jobs=(fewer_open,))
         log.import_(copy, entries, taken)
         assert log.export(OTHER_UID) == copy
+        assert open_jobs(log, OTHER_UID) == [], "nothing is left of the copy that broke off"
         assert sorted(each.position for each in log.taken(OTHER_UID)) == [1, 2, 3]
 
     # ---- ends

@@ -109,6 +109,7 @@ def test_everything_is_there_and_new_things_are_kept(path: Path) -> None:
             ]
             assert log.job("job-1") == JOB
             assert log.jobs(OTHER_UID) == [JobRecord("job-2", OTHER_UID, Role.FROZEN, open=False)]
+            assert (log.open_jobs(UID), log.open_jobs(OTHER_UID)) == ([JOB], [])
             assert log.profile("job-1") is None
             assert (log.head(UID), log.last_taught("job-1"), log.last_taught("job-2")) == (2, (7, 2), (-1, 0))
             (entry,) = log.read(UID, 1, 10, chain="anything: entries had no chain then")
@@ -142,6 +143,8 @@ def test_an_upgraded_file_is_like_a_new_one(path: Path, tmp_path: Path) -> None:
     SqliteUpdateLog(path).close()
     SqliteUpdateLog(tmp_path / "new.sqlite").close()
     assert columns(path) == columns(tmp_path / "new.sqlite")
+    indexes = "SELECT name, sql FROM sqlite_master WHERE type = 'index' ORDER BY name"
+    assert rows(path, indexes) == rows(tmp_path / "new.sqlite", indexes)
 
 
 def test_an_upgrade_that_fails_changes_nothing(path: Path) -> None:

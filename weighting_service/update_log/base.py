@@ -116,7 +116,11 @@ class UpdateLog(abc.ABC):
 
     @abc.abstractmethod
     def jobs(self, weighter_uid: str) -> list[JobRecord]:
-        """The weighter's jobs, oldest first."""
+        """The weighter's jobs, oldest first: closed ones too, of which there may be many."""
+
+    @abc.abstractmethod
+    def open_jobs(self, weighter_uid: str) -> list[JobRecord]:
+        """The weighter's open jobs, oldest first, without reading the closed ones."""
 
     @abc.abstractmethod
     def touch_jobs(self, seen: Mapping[str, int]) -> None:

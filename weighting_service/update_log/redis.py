@@ -100,9 +100,10 @@ class RedisUpdateLog(UpdateLog):
         (answer,) = self._ask(
             uid,
             scripts.PUT_JOB,
-            [keys.heads, keys.owners, keys.jobs(uid), keys.profiles(uid), keys.records],
+            [keys.heads, keys.owners, keys.jobs(uid), keys.open_jobs(uid), keys.profiles(uid), keys.records],
             job.job_id,
             records.job_json(job),
+            int(job.open),
             kept,
         )
         if answer == b"other_weighter":
@@ -123,6 +124,11 @@ class RedisUpdateLog(UpdateLog):
         head, found = self._redis.together(("HGET", keys.heads, weighter_uid), ("HGETALL", keys.jobs(weighter_uid)))
         self._known(weighter_uid, head)
         return records.job_records(hash_of(found))
+
+    def open_jobs(self, weighter_uid: str) -> list[JobRecord]:
+        keys, uid = self._keys, weighter_uid
+        _, found = self._ask(uid, scripts.OPEN_JOBS, [keys.heads, keys.jobs(uid), keys.open_jobs(uid)])
+        return [records.job_record(kept) for kept in found]
 
     def touch_jobs(self, seen: Mapping[str, int]) -> None:
         keys = self._keys

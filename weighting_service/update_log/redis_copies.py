@@ -155,6 +155,8 @@ class Import:
 def _job_commands(keys: Keys, uid: str, job: JobCopy, order: int) -> Iterator[Command]:
     job_id = job.record.job_id
     yield "HSET", keys.jobs(uid), job_id, f"{order} {records.job_json(job.record)}"
+    if job.record.open:
+        yield "ZADD", keys.open_jobs(uid), order, job_id
     step, position = job.last_taught
     if step >= 0:
         yield "HSET", keys.taught(uid), job_id, records.taught_value(step, position)

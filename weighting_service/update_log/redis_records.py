@@ -75,6 +75,10 @@ class Keys:
         """job id -> order and record, as JSON."""
         return f"{self.prefix}{{{uid}}}:jobs"
 
+    def open_jobs(self, uid: str) -> str:
+        """Sorted set; ids of the open ones among the jobs, by their order."""
+        return f"{self.prefix}{{{uid}}}:open_jobs"
+
     def profiles(self, uid: str) -> str:
         """job id -> CRC-32 and table."""
         return f"{self.prefix}{{{uid}}}:profiles"
@@ -97,7 +101,8 @@ class Keys:
 
     def of_weighter(self, uid: str) -> list[str]:
         """A weighter's own keys, jobs first, but for the update ids of its jobs."""
-        return [each(uid) for each in (self.jobs, self.history, self.entries, self.profiles, self.taught, self.vouched)]
+        own = (self.jobs, self.open_jobs, self.history, self.entries, self.profiles, self.taught, self.vouched)
+        return [each(uid) for each in own]
 
 
 def weighter_json(record: WeighterRecord) -> tuple[str, str]:

@@ -49,18 +49,27 @@ return {'done'}
 """
 
 PUT_JOB = """
-local heads, owners, jobs, profiles, records = unpack(KEYS)
-local uid, job, record, profile = unpack(ARGV)
+local heads, owners, jobs, open_jobs, profiles, records = unpack(KEYS)
+local uid, job, record, is_open, profile = unpack(ARGV)
 if redis.call('HEXISTS', heads, uid) == 0 then return {'no_weighter'} end
 local owner = redis.call('HGET', owners, job)
 if owner and owner ~= uid then return {'other_weighter'} end
 local known = redis.call('HGET', jobs, job)
 local order = known and string.match(known, '^%d+') or redis.call('HINCRBY', records, 'order', 1)
 redis.call('HSET', jobs, job, order .. ' ' .. record)
+if is_open == '1' then redis.call('ZADD', open_jobs, order, job) else redis.call('ZREM', open_jobs, job) end
 redis.call('HSET', owners, job, uid)
 if profile ~= '' then redis.call('HSET', profiles, job, profile) end
 redis.call('HINCRBY', records, 'version', 1)
 return {'done'}
+"""
+
+OPEN_JOBS = """
+local heads, jobs, open_jobs = unpack(KEYS)
+if redis.call('HEXISTS', heads, ARGV[1]) == 0 then return {'no_weighter'} end
+local found = {}
+for i, job in ipairs(redis.call('ZRANGE', open_jobs, 0, -1)) do found[i] = redis.call('HGET', jobs, job) end
+return {'found', found}
 """
 
 # ARGV: job, Unix milliseconds, job, Unix milliseconds, ...

@@ -115,6 +115,11 @@ class SqliteUpdateLog(UpdateLog):
             rows.weighter_row(db, weighter_uid)
             return rows.job_records(db, "weighters.uid", weighter_uid)
 
+    def open_jobs(self, weighter_uid: str) -> list[JobRecord]:
+        with self._reading() as db:
+            rows.weighter_row(db, weighter_uid)
+            return rows.job_records(db, "weighters.uid", weighter_uid, open_only=True)
+
     def touch_jobs(self, seen: Mapping[str, int]) -> None:
         with self._transaction() as db:
             db.executemany(

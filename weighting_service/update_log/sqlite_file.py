@@ -60,6 +60,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE weighters ADD COLUMN trimmed_chain TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE jobs ADD COLUMN quarantined TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE jobs ADD COLUMN seen_unix_ms INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX open_jobs_of_weighter ON jobs (weighter) WHERE open = 1",  # closed ones are never removed
         "ALTER TABLE entries ADD COLUMN kind TEXT NOT NULL DEFAULT 'update'",
         "ALTER TABLE entries ADD COLUMN chain TEXT NOT NULL DEFAULT ''",
         """CREATE TABLE vouched (

@@ -108,10 +108,11 @@ def put_job_row(db: sqlite3.Connection, weighter: int, job: JobRecord) -> None:
     db.execute(_PUT_JOB, (job.job_id, weighter, *values))
 
 
-def job_records(db: sqlite3.Connection, column: str, value: str) -> list[JobRecord]:
+def job_records(db: sqlite3.Connection, column: str, value: str, *, open_only: bool = False) -> list[JobRecord]:
+    wanted = " AND jobs.open = 1" if open_only else ""  # word for word the condition of the index on open jobs
     rows = db.execute(
         f"SELECT job_id, uid, {', '.join(_JOB_COLUMNS)} FROM jobs JOIN weighters ON weighters.id = jobs.weighter "
-        f"WHERE {column} = ? ORDER BY jobs.id",
+        f"WHERE {column} = ?{wanted} ORDER BY jobs.id",
         (value,),
     ).fetchall()
     return [
