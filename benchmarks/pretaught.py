@@ -61,7 +61,9 @@ class Teacher:
             reference=REFERENCE,
             reference_checksum=info.checksum,
             tokenizer_checksum=info.tokenizer_checksum,
-            profile=make_profile(task.profile_tokens, read_counts(reference).ngrams),
+            # Of all validation documents, cotangents too, unlike in a run: pip has few, and taught towards a quarter of
+            # them the weighter served other corpora less well (docs/method.md).
+            profile=make_profile(task.val.tokens, read_counts(reference).ngrams),
         )
         self._selector = Selector(self._job, keep=config.batch_size, seed=config.seed)
         self.kept: list[float] = []  # share of real text, not noise, of each step's batch
@@ -80,7 +82,7 @@ class Teacher:
         per_sample_loss(losses).mean().backward()
         rate = learning_rate(self._config, step)
         if due:
-            towards = task.validation_draw(step, VALIDATION, CPU, held_out=True)
+            towards = task.validation_draw(step, VALIDATION, CPU)
             known = per_sample_loss(losses.detach())[:TAUGHT]
             taught = cotangent(
                 self._model,
