@@ -409,13 +409,13 @@ class UpdateLogContract:
             log.read(UID, 189, 1)
 
     def test_size_grows_with_entries(self, log: UpdateLog) -> None:
-        before = log.size_bytes()
-        for step in range(5):
-            log.append(UID, update_of(step, samples=5000))
-        full = log.size_bytes()
-        assert full >= before + 5 * 5000 * 3 * 4
-        log.trim(UID, 5)
-        assert log.size_bytes() < full - 4 * 5000 * 3 * 4, "or there would be no way back from a log that is full"
+        before, updates, samples = log.size_bytes(), 10, 50_000
+        for step in range(updates):
+            log.append(UID, update_of(step, samples=samples))
+        full, content = log.size_bytes(), updates * samples * 3 * 4  # features at least
+        assert full >= before + content // 2  # half: what Redis's buffers took before may be free now
+        log.trim(UID, updates)
+        assert log.size_bytes() < full - content // 2, "or there would be no way back from a log that is full"
 
     # ---- rollbacks
 
