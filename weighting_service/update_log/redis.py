@@ -264,8 +264,8 @@ class RedisUpdateLog(UpdateLog):
         redis_copies.Import(self._redis, self._keys, copy).run(entries, taken)
 
     def size_bytes(self) -> int:
-        """Of all data in that Redis, in its memory: what can run out."""
-        return int(self._redis.call("INFO", "memory")["used_memory_dataset"])
+        """The memory that Redis uses, for all of its data: what can run out."""
+        return int(self._redis.call("INFO", "memory")["used_memory"])  # its used_memory_dataset wraps around below 0
 
     def close(self) -> None:
         self._redis.close()
