@@ -6,7 +6,6 @@ empty string beats it too, and means none. An embedded service asks for none of 
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import ssl
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weighting_contract.errors import InvalidArgument
+from weighting_contract.local import file_version, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ class Credentials:
         self._token = "" if isinstance(token, Path) else token
         self.tls = tls or TlsFiles()
         if self._path is not None:
-            self._version = _version(self._path)
+            self._version = file_version(self._path)
             self._token = _read_token(self._path)
 
     def authorization(self) -> str:
         """The header's value, "" without a token. A token's file that has changed is read again."""
-        if self._path is not None and (version := _version(self._path)) != self._version:
+        if self._path is not None and (version := file_version(self._path)) != self._version:
             self._version = version
             try:
                 self._token = _read_token(self._path)
@@ -113,7 +113,7 @@ def credentials(
         raise InvalidArgument(f"{missing} is missing: a client's certificate takes both cert and key")
     shown = environment.get("WEIGHBRIDGE_TOKEN", "") if token is None else token
     found = Credentials(Path(shown) if isinstance(shown, os.PathLike) else _checked(shown, "token"), TlsFiles(**files))
-    beyond = [host for host in hosts if not _is_loopback(host)]
+    beyond = [host for host in hosts if not is_loopback(host)]
     if found.authorization() and not encrypted and beyond and not insecure_token:
         raise InvalidArgument(
             f"the token would travel unencrypted to {beyond[0]}: use grpcs:// or https://, or say insecure_token=True "
@@ -135,24 +135,8 @@ def _read_token(path: Path) -> str:
     return _checked(token, f"what the token file {path} holds")
 
 
-def _version(path: Path) -> tuple[int, ...]:
-    """Changes with the file; of one that is missing, nothing."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ()
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as exc:
         raise InvalidArgument(f"the file {path} can't be read: {exc.strerror or exc}") from exc
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from weighting_contract.errors import InvalidArgument, PermissionDenied, Unauthenticated
+from weighting_contract.local import file_version, is_loopback
 from weighting_service.tokens import ROLES, Token, check_distinct, hash_of, parse_tokens
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Authenticator:
         self._version: tuple[int, ...] = ()
         self._tokens = self._inline
         if path is not None:
-            self._version = _version(path)
+            self._version = file_version(path)
             self._tokens = self._read(path)
 
     @property
@@ -97,7 +96,7 @@ class Authenticator:
         return found
 
     def _refresh(self) -> None:
-        if self._path is None or (version := _version(self._path)) == self._version:
+        if self._path is None or (version := file_version(self._path)) == self._version:
             return
         self._version = version
         try:
@@ -132,20 +131,3 @@ def check_exposure(host: str, auth: Authenticator, insecure: bool) -> None:
             "where the network is trusted"
         )
     log.warning("no tokens: whoever can reach %s may do everything", host)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach that address; a name other than localhost might be anybody's."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _version(path: Path) -> tuple[int, ...]:
-    """Changes with the file; of one that is missing, nothing."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ()
-    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import ssl
 import threading
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from pathlib import Path
 import grpc
 
 from weighting_contract.errors import InvalidArgument
+from weighting_contract.local import file_version
 
 log = logging.getLogger(__name__)
 
-Version = tuple[tuple[int, int, int], ...]
+Version = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,7 @@ class Tls:
 
     def _look(self) -> Version:
         """Changes with any of the files; a missing one is told from one that is there."""
-        found = []
-        for path in self._files:
-            try:
-                status = os.stat(path)
-                found.append((status.st_mtime_ns, status.st_size, status.st_ino))
-            except OSError:
-                found.append((0, 0, 0))
-        return tuple(found)
+        return tuple(file_version(path) for path in self._files)
 
     def _load(self) -> _Material:
         certificate, key, *others = [_read(path) for path in self._files]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scripted_service import wait_for
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from tests.conftest import ServiceProcess
@@ -110,14 +111,15 @@ Make = Callable[..., Replica]
 
 def patiently(call: Callable[[], int]) -> int:
     """Tries again as long as the service says that this may help, as a trainer does."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return call()
-        except Unavailable:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.01)
+    answers: list[int] = []
+
+    def answered() -> bool:
+        with contextlib.suppress(Unavailable):
+            answers.append(call())
+        return bool(answers)
+
+    wait_for(answered, timeout_s=60)
+    return answers[0]
 
 
 # ---- Reads and writes -----------------------------------------------------------------------------------------------
