@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -55,10 +56,13 @@ class ForkedService:
         self._reading = threading.Thread(target=self._read, args=(reader,), daemon=True)
         self._reading.start()
 
-    def ready(self) -> bool:
-        """Waits until the service takes calls; False where it died before."""
-        if not self._settled.wait(WAIT_S):
-            raise AssertionError(f"the service was not ready after {WAIT_S:g} s:\n{self.last_words()}")
+    def ready(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """Waits until the service takes calls, and calls `meanwhile` now and then; False where it died before."""
+        give_up = time.monotonic() + WAIT_S
+        while not self._settled.wait(0.1):
+            if time.monotonic() > give_up:
+                raise AssertionError(f"the service was not ready after {WAIT_S:g} s:\n{self.last_words()}")
+            meanwhile()
         return not self.ended.is_set()
 
     @property

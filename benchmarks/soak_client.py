@@ -84,6 +84,7 @@ class Trainer:
     def live(self, death: Death) -> None:
         """Starts the service and teaches until it is dead."""
         self._revive_redis()
+        deaths_of_redis = self.kills[REDIS]
         self.service.start(death.armed)
         timers = []
         if not death.failpoint:
@@ -103,7 +104,7 @@ class Trainer:
         status = self.service.kill() if not_reached else self.service.wait()
         if status == -signal.SIGKILL:
             self.kills[f"{death.kind} (not reached)" if not_reached else death.kind] += 1
-        elif not self._redis_dead.is_set():  # without Redis it may refuse to start
+        elif self.kills[REDIS] == deaths_of_redis:  # without Redis it may refuse to start
             raise AssertionError(f"the service ended by itself, status {status}:\n{self.service.last_words()}")
         self._died_at = self.service.ended_at
 
@@ -132,7 +133,7 @@ class Trainer:
     def _open(self) -> bool:
         """Whether the service lives, and has weighter and job."""
         return (
-            self.service.ready()
+            self.service.ready(meanwhile=self._revive_redis)  # without Redis it would wait for ever
             and self._call("CreateWeighter", pb.CreateWeighterRequest(name=WEIGHTER, spec=SPEC, exist_ok=True))
             is not None
             and self._call("OpenJob", pb.OpenJobRequest(weighter=WEIGHTER, job_id=JOB)) is not None
