@@ -2,6 +2,8 @@
 
 `books` and `wiki` need a folder of texts (books.jsonl.gz, wiki.jsonl.gz, web.jsonl.gz: documents with a `text` a line);
 `clean` is the built-in corpus's prose alone, whose pool is the target already;
+`look-alikes` holds what resembles the target and does not help: a few documents again and again, and damaged ones;
+`two-targets` is the built-in pool with held-out code beside held-out prose as its target;
 `pip` takes the sources of the package installer, which every Python installation has, and shares nothing with the
 built-in corpus: it is what the weighter in the package is taught on.
 """
@@ -12,6 +14,7 @@ import gzip
 import importlib.util
 import json
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,11 @@ HELD_OUT_PASSAGES = 60  # of books and wiki, for validation and again for test
 HELD_OUT_CHARACTERS = 80_000  # of pip likewise
 NOISE_SHARE = 0.25
 SHARES = {"target": 0.20, "web": 0.10, "code": 0.25, "tables": 0.20}  # of the pools of books and wiki, by characters
+LOOK_ALIKE_SHARES = {"prose": 0.20, "code": 0.25, "tables": 0.15}  # the rest: repeated and damaged prose, 20 % each
+LOOK_ALIKE_SHARE = 0.20
+REPEATED_DOCUMENTS = 8
+DAMAGED_PIECES = 1 / 3
+GAP = 20  # pieces between held-out code and the pool's, so that no module is in both
 PIP_SHARES = {"prose": 0.20, "code": 0.35, "tables": 0.20}
 _PIP_TABLES = ("idnadata", "uts46data", "_unicode", "unistring", "emoji_codes", "_mapping", "cells")
 
@@ -69,6 +77,48 @@ def clean_mixture() -> Mixture:
     splits = (corpus.train, corpus.validation, corpus.test)
     pool, validation, test = ([(document.text, document.source) for document in split] for split in splits)
     return Mixture([document for document in pool if document[1] == "prose"], validation, test)
+
+
+def look_alikes_mixture(size: int = POOL_CHARACTERS) -> Mixture:
+    """The built-in corpus with less code and tables, no noise, and prose that is repeated and prose that is damaged."""
+    corpus = builtin_corpus.build()
+    by_source = {name: [d.text for d in corpus.train if d.source == name] for name in LOOK_ALIKE_SHARES}
+    pool = _shares(by_source, LOOK_ALIKE_SHARES, size)
+    prose = [text for text, source in pool if source == "prose"]
+    wanted = int(size * LOOK_ALIKE_SHARE)
+    few = sorted(prose, key=len)[len(prose) // 2 :][:REPEATED_DOCUMENTS]
+    repeated = [text for _ in range(wanted // max(1, _size(few)) + 1) for text in few]
+    pool += [(text, "repeats") for text in _first(repeated, wanted)]
+    pool += [(text, "damaged") for text in _first([_damaged(text, i) for i, text in enumerate(prose)], wanted)]
+    validation, test = ([(d.text, d.source) for d in split] for split in (corpus.validation, corpus.test))
+    return Mixture(pool, validation, test)
+
+
+def two_targets_mixture() -> Mixture:
+    """The built-in pool; validation and test are half prose and half code of modules that the pool lacks."""
+    corpus = builtin_corpus.build()
+    code = [d.text for d in corpus.train if d.source == "code"]
+    held_out: list[list[str]] = []
+    for split in (corpus.validation, corpus.test):
+        pieces = _first(code, _size([d.text for d in split]))
+        held_out.append(pieces)
+        code = code[len(pieces) + GAP :]
+    pool = [(d.text, d.source) for d in corpus.train if d.source != "code"] + [(text, "code") for text in code]
+    validation, test = (
+        [*((d.text, d.source) for d in split), *((text, "code") for text in pieces)]
+        for split, pieces in zip((corpus.validation, corpus.test), held_out, strict=True)
+    )
+    return Mixture(pool, validation, test)
+
+
+def _damaged(text: str, seed: int) -> str:
+    """A third of the pieces of up to three characters (about a token) replaced by others of the same text."""
+    pieces = re.findall(r"\s*\S{1,3}", text)
+    draw = random.Random(seed)
+    others = draw.sample(range(len(pieces)), int(len(pieces) * DAMAGED_PIECES))
+    for place in others:
+        pieces[place] = draw.choice(pieces)
+    return "".join(pieces)
 
 
 def pip_mixtures() -> dict[str, Mixture]:

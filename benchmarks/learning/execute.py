@@ -1,0 +1,69 @@
+"""Runs what is not finished, some at a time, with a progress bar; one that fails stops nothing and is said at the end.
+
+A matrix that was stopped goes on where it was: a run is finished once its summary.json is there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.learning.plan import Run
+
+_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(),
+)
+
+
+def finished(out: Path, run: Run) -> bool:
+    return (out / run.folder / "summary.json").is_file()
+
+
+def execute(
+    runs: Sequence[Run],
+    command: Callable[[Run], list[str]],
+    out: Path,
+    processes: int,
+    console: Console,
+    title: str,
+) -> list[tuple[Run, str]]:
+    """Runs those that are not finished; the ones that failed, with the last line that each said."""
+    todo = [run for run in runs if not finished(out, run)]
+    failed: list[tuple[Run, str]] = []
+    with Progress(*_COLUMNS, console=console) as bar:
+        task = bar.add_task(title, total=len(runs), completed=len(runs) - len(todo))
+
+        def work(run: Run) -> None:
+            if error := _run(command(run), out / run.folder):
+                failed.append((run, error))
+            bar.advance(task)
+            if not console.is_terminal:
+                console.print(
+                    f"{title}: {run.folder} {'FAILED: ' + error if error else 'done'}", highlight=False, soft_wrap=True
+                )
+
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(work, todo))
+    return failed
+
+
+def _run(flags: list[str], folder: Path) -> str:
+    """The last line of a run that failed, "" for one that did not."""
+    command = [sys.executable, "-m", "trainer_client.run", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return "" if (folder / "summary.json").is_file() else "it ended well, but left no summary.json"

@@ -1,0 +1,220 @@
+"""results.json: every run's figures, and what they were measured on. Knows summaries and metrics of runs, no goal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.learning.plan import Plan, Run
+from benchmarks.machine import describe
+from trainer_client.run.metrics import read_metrics
+from trainer_client.run.report import RunSummary, write_json
+from weighting_contract.errors import InvalidArgument
+
+VERSION = 1
+POINTS = 24  # of a series, each the mean over as many steps as fall on it
+
+
+@dataclass(frozen=True)
+class Series:
+    """How a run went, in `POINTS` points; a series that the run does not have is empty."""
+
+    steps: list[float]
+    shares: dict[str, list[float]]  # of each source in what was trained on
+    effective_share: list[float]  # effective sample size / B
+    trust: list[float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. Losses are nats a token, FLOPs as of `trainer_client.run.compute`."""
+
+    corpus: str
+    method: str
+    seed: int
+    rate: float
+    steps: int
+    val_loss: float
+    test_loss: float
+    compute: dict[str, float]
+    seconds: dict[str, float]  # wall, train, score, meta
+    curve: list[tuple[int, float, float]]  # step, seconds, test loss on fixed samples
+    trust: float | None
+    series: Series
+
+    @property
+    def flops_a_step(self) -> float:
+        """Everything but the training of a reference, which is spent once a pool."""
+        return sum(self.compute[f"{part}_flops"] for part in ("training", "teaching", "scoring")) / self.steps
+
+    def loss_after(self, flops: float) -> float:
+        """Test loss on the curve's samples once so much was spent; linear between evaluations, constant beyond."""
+        steps = flops / self.flops_a_step
+        return float(np.interp(steps, [point[0] for point in self.curve], [point[2] for point in self.curve]))
+
+    def flops_to(self, loss: float) -> float:
+        """What was spent when the curve first had this test loss; infinite where it never had."""
+        before: tuple[int, float] | None = None
+        for step, _, at in self.curve:
+            if at <= loss:
+                if before is None:
+                    return step * self.flops_a_step
+                share = (before[1] - loss) / (before[1] - at)
+                return (before[0] + share * (step - before[0])) * self.flops_a_step
+            before = (step, at)
+        return float("inf")
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of a matrix.
+
+    Attributes:
+        methods: flags by name, as in the plan.
+        rates: validation loss by method and learning rate, mean over the corpora that tuned it.
+        chosen: learning rate by method.
+    """
+
+    commit: str
+    hardware: str
+    date: str
+    methods: dict[str, dict[str, Any]]
+    rates: dict[str, dict[str, float]]
+    chosen: dict[str, float]
+    runs: list[Result] = field(default_factory=list)
+
+    def of(self, corpus: str, method: str) -> list[Result]:
+        """By seed."""
+        return sorted((r for r in self.runs if (r.corpus, r.method) == (corpus, method)), key=lambda r: r.seed)
+
+    @property
+    def corpora(self) -> list[str]:
+        return list(dict.fromkeys(run.corpus for run in self.runs))
+
+    def write(self, path: Path) -> None:
+        write_json(path, {"version": VERSION, **asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Raises SystemExit with a sentence where the file is another version's, or none."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.pop("version")
+        except (OSError, ValueError, KeyError, AttributeError) as exc:
+            raise SystemExit(f"{path} holds no results of benchmarks.learning: {exc}") from exc
+        if version != VERSION:
+            raise SystemExit(
+                f"{path} is of version {version}, this program reads version {VERSION}: run the commit that wrote it "
+                f"({values.get('commit', 'not known')}), or run the matrix anew"
+            )
+        runs = [
+            Result(**{**run, "curve": [tuple(point) for point in run["curve"]], "series": Series(**run["series"])})
+            for run in values.pop("runs")
+        ]
+        return cls(**values, runs=runs)
+
+
+def collect(plan: Plan, out: Path, rates: dict[str, dict[str, float]], chosen: dict[str, float]) -> Results:
+    """The figures of all finished runs of `plan` in `out`."""
+    runs = [result for run in plan.runs() if (result := _result(out, run)) is not None]
+    date = time.strftime("%Y-%m-%d")
+    return Results(_commit(), describe(), date, plan.methods, rates, chosen, runs)
+
+
+def validation_losses(plan: Plan, out: Path) -> dict[str, dict[str, float]]:
+    """By method and learning rate, the mean over the corpora that tune; a rate that a corpus lacks is left out."""
+    losses: dict[str, dict[str, list[float]]] = {}
+    for run in plan.tuning():
+        if (summary := _summary(out / run.folder)) is not None:
+            losses.setdefault(run.method, {}).setdefault(f"{run.rate:g}", []).append(summary.val_loss)
+    corpora = len(plan.tuning_corpora)
+    return {
+        method: {rate: float(np.mean(of)) for rate, of in by_rate.items() if len(of) == corpora}
+        for method, by_rate in losses.items()
+    }
+
+
+def best_rates(plan: Plan, losses: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The learning rate of each method with the least validation loss; the only one where nothing was tuned.
+
+    Raises SystemExit where a method has none that was tried to its end.
+    """
+    chosen = {}
+    for method in plan.methods:
+        if len(plan.rates) == 1:
+            chosen[method] = plan.rates[0]
+        elif not losses.get(method):
+            raise SystemExit(f"no tuning run of {method!r} is finished: its learning rate is not known")
+        else:
+            chosen[method] = float(min(losses[method], key=lambda rate: losses[method][rate]))
+    return chosen
+
+
+def _result(out: Path, run: Run) -> Result | None:
+    folder = out / run.folder
+    summary = _summary(folder)
+    if summary is None:
+        return None
+    rate = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    return Result(
+        corpus=run.corpus,
+        method=run.method,
+        seed=run.seed,
+        rate=rate["lr"],
+        steps=summary.steps,
+        val_loss=summary.val_loss,
+        test_loss=summary.test_loss,
+        compute=summary.compute,
+        seconds={name: getattr(summary, f"{name}_seconds") for name in ("wall", "train", "score", "meta")},
+        curve=summary.test_curve,
+        trust=summary.trust,
+        series=_series(read_metrics(folder / summary.label / "metrics.jsonl"), rate["batch_size"]),
+    )
+
+
+def _summary(folder: Path) -> RunSummary | None:
+    paths = list(folder.glob("*/summary.json"))
+    try:
+        return RunSummary.read(paths[0]) if len(paths) == 1 else None
+    except InvalidArgument as exc:
+        raise SystemExit(f"{exc.message}; remove {folder} to have it run again") from exc
+
+
+def _series(lines: list[dict[str, Any]], batch_size: int) -> Series:
+    parts = [list(part) for part in np.array_split(np.arange(len(lines)), min(POINTS, len(lines)))]
+
+    def means(values: list[float | None]) -> list[float]:
+        if all(v is None for v in values):
+            return []
+        array = np.array([np.nan if v is None else v for v in values], np.float64)
+        return [round(float(np.nanmean(array[part])), 5) if np.isfinite(array[part]).any() else 0.0 for part in parts]
+
+    shares = [line.get("trained_share") or line.get("kept_share") or {} for line in lines]
+    return Series(
+        steps=means([line["step"] for line in lines]),
+        shares={name: means([share.get(name, 0.0) if share else None for share in shares]) for name in _names(shares)},
+        effective_share=[v / batch_size for v in means([line["effective_sample_size"] for line in lines])],
+        trust=means([line.get("trust") for line in lines]),
+    )
+
+
+def _names(shares: Iterable[dict[str, float]]) -> list[str]:
+    return sorted({name for share in shares for name in share})
+
+
+def _commit() -> str:
+    """Short, with a + where the work tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not known"
