@@ -32,7 +32,7 @@ def token_losses(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tu
             f"logits have shape {list(logits.shape)} and labels {list(labels.shape)}, expected [B, T, V] and [B, T]"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise InvalidArgument(f"labels are {_name(labels.dtype)}, expected integer token ids")
+        raise InvalidArgument(f"labels are {dtype_name(labels.dtype)}, expected integer token ids")
     labels = labels.long()
     try:
         flat = F.cross_entropy(
@@ -67,15 +67,26 @@ def causal_token_losses(logits: Tensor, ids: Tensor, lengths: Tensor | None = No
             f"ids have shape {list(ids.shape)} and logits {list(logits.shape)}, expected [B, T+1] and [B, T, V]: "
             "the logits of ids[:, :-1]"
         )
+    return token_losses(logits, causal_labels(ids, lengths))
+
+
+def causal_labels(ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Labels of next-token prediction, [B, T] int64: `ids[:, 1:]`, and -100 beyond a row's real ids.
+
+    Args:
+        ids: [B, T+1] integer token ids, rows padded on the right with any id.
+        lengths: [B] integer, real ids of each row; None: T+1.
+
+    Raises:
+        InvalidArgument: lengths of another batch.
+    """
     labels = ids[:, 1:].long()
-    if lengths is not None:
-        if lengths.shape != ids.shape[:1]:
-            raise InvalidArgument(
-                f"lengths have shape {list(lengths.shape)}, expected [{len(ids)}], one for each sample"
-            )
-        places = torch.arange(1, ids.shape[1], device=ids.device)
-        labels = labels.masked_fill(places >= lengths[:, None], -100)
-    return token_losses(logits, labels)
+    if lengths is None:
+        return labels
+    if lengths.shape != ids.shape[:1]:
+        raise InvalidArgument(f"lengths have shape {list(lengths.shape)}, expected [{len(ids)}], one for each sample")
+    places = torch.arange(1, ids.shape[1], device=ids.device)
+    return labels.masked_fill(places >= lengths.to(ids.device)[:, None], -100)
 
 
 def per_sample_loss(token_losses: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -88,13 +99,14 @@ def per_sample_loss(token_losses: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         InvalidArgument: shapes that do not fit together.
     """
+    check_not_reduced(token_losses, "token_losses")
     if token_losses.ndim != 2:
         raise InvalidArgument(f"token_losses have shape {list(token_losses.shape)}, expected [B, T]")
     if mask is None:
         mask = torch.ones_like(token_losses, dtype=torch.bool)
     if mask.shape != token_losses.shape or mask.dtype != torch.bool:
         raise InvalidArgument(
-            f"mask is {_name(mask.dtype)} of shape {list(mask.shape)}, "
+            f"mask is {dtype_name(mask.dtype)} of shape {list(mask.shape)}, "
             f"expected bool of the shape of token_losses, {list(token_losses.shape)}"
         )
     return torch.where(mask, _wide(token_losses), 0.0).sum(1) / mask.sum(1).clamp(min=1)
@@ -112,22 +124,40 @@ def weighted_loss(sample_losses: Tensor, weights: Tensor) -> Tensor:
     Raises:
         InvalidArgument: other shapes, or weights that are negative or not finite.
     """
+    check_not_reduced(sample_losses, "sample_losses")
     if sample_losses.ndim != 1 or not len(sample_losses):
         raise InvalidArgument(f"sample_losses have shape {list(sample_losses.shape)}, expected [B] with B of 1 or more")
-    if weights.shape != sample_losses.shape:
+    check_weights(weights, len(sample_losses))
+    return (weights.to(sample_losses) * sample_losses).sum() / len(sample_losses)
+
+
+def check_weights(weights: Tensor, samples: int) -> None:
+    """InvalidArgument unless weights are [samples], finite and 0 or more."""
+    if weights.shape != (samples,):
         raise InvalidArgument(
-            f"weights have shape {list(weights.shape)}, expected [{len(sample_losses)}] as sample_losses"
+            f"weights have shape {list(weights.shape)}, expected [{samples}]: one for each of the sample_losses"
         )
     wrong = ~(weights.isfinite() & (weights >= 0))
     if bool(wrong.any()):
         sample = int(wrong.nonzero()[0])
         raise InvalidArgument(f"weights[{sample}] is {float(weights[sample])}, expected finite values of 0 or more")
-    return (weights.to(sample_losses) * sample_losses).sum() / len(sample_losses)
+
+
+def check_not_reduced(losses: Tensor, what: str) -> None:
+    """InvalidArgument for a single number where losses by token or by sample are expected."""
+    if losses.ndim == 0:
+        raise InvalidArgument(
+            f"{what} is one number for the whole batch (shape []), as models return that are given labels; expected "
+            "losses that keep the samples apart. Call the model without labels and use "
+            "per_sample_loss(*token_losses(logits, labels)), or without logits in memory "
+            "per_sample_loss(*linear_token_losses(hidden, weight, labels))"
+        )
 
 
 def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As messages spell it: float32."""
     return str(dtype).removeprefix("torch.")

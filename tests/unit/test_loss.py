@@ -134,6 +134,14 @@ def test_wrong_masks_are_errors(losses: Tensor, mask: Tensor | None, message: st
         per_sample_loss(losses, mask)
 
 
+def test_a_loss_that_is_reduced_already_is_an_error_that_says_what_to_do() -> None:
+    message = r"is one number for the whole batch \(shape \[\]\), as models return .* Call the model without labels"
+    with pytest.raises(InvalidArgument, match=f"token_losses {message}"):
+        per_sample_loss(torch.tensor(2.0))
+    with pytest.raises(InvalidArgument, match=f"sample_losses {message}"):
+        weighted_loss(torch.tensor(2.0), torch.ones(1))
+
+
 @pytest.mark.parametrize(
     ("losses", "weights", "message"),
     [
