@@ -9,7 +9,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("score", "learning_cost", "reference", "ahead", "durability", "replay", "fairness")
+BENCHMARKS = (
+    "score",
+    "learning_cost",
+    "overhead",
+    "reference",
+    "ahead",
+    "durability",
+    "replay",
+    "fairness",
+    "linear_loss",
+)
 
 
 def main() -> int:

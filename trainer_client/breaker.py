@@ -64,10 +64,6 @@ class CircuitBreaker:
         """Raises what `call` would raise at once."""
         self._admit(trial=False)
 
-    def trip(self, error: WeighbridgeError) -> None:
-        """Opens it for a failure that was seen outside of `call`."""
-        self._failed(error, is_trial=False)
-
     @property
     def is_open(self) -> bool:
         return self._error is not None

@@ -6,9 +6,10 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from trainer_client import wire
@@ -16,7 +17,7 @@ from trainer_client.breaker import CircuitBreaker
 from trainer_client.counters import logger
 from trainer_client.credentials import StrPath
 from trainer_client.job import Job, OnFailure
-from trainer_client.link import JobLink
+from trainer_client.link import JobLink, OlderService
 from trainer_client.settings import Limits, Timeouts
 from trainer_client.transports import Transport, is_embedded, open_transport
 from weighting_contract.errors import Internal, InvalidArgument, WeighbridgeError
@@ -38,6 +39,7 @@ def connect(
     timeouts: Timeouts | None = None,
     limits: Limits | None = None,
     on_failure: OnFailure = "uniform",
+    on_older_service: OlderService = "resend",
 ) -> Client:
     """A client of the service at `url`. Contacts nothing yet, so it neither waits nor fails because that is away.
 
@@ -53,28 +55,50 @@ def connect(
         timeouts: None: `Timeouts()`, or `Timeouts.embedded()` for an embedded service.
         limits: None: `Limits()`.
         on_failure: of jobs: "uniform" trains on with uniform weights, "raise" raises, for debugging.
+        on_older_service: of jobs, where the weighter has lost updates that it had acknowledged, because the service was
+            restored from an older state or the weighter made anew. "resend": the newest of them, which the job keeps
+            (`Limits.kept_updates`), are sent again, in order and before any later one; as update ids make each of them
+            count once, that is safe, and so the default. "continue": teaching goes on from there. "stop": the job
+            scores uniformly and teaches nothing any more (`Job.failure` says why); `Job.load_state_dict` raises that.
 
     Raises:
-        InvalidArgument: a malformed url, an unknown on_failure, an embedded service that is not installed, files of
-            credentials that can't be used, or a token that would travel unencrypted.
+        InvalidArgument: a malformed url, an unknown on_failure or on_older_service, an embedded service that is not
+            installed, files of credentials that can't be used, or a token that would travel unencrypted.
         WeighbridgeError: the state of an embedded service can't be opened, or is in use by another one.
     """
     if on_failure not in ("uniform", "raise"):
         raise InvalidArgument(f"on_failure is {on_failure!r}, expected 'uniform' or 'raise'")
+    if on_older_service not in get_args(OlderService):
+        raise InvalidArgument(f"on_older_service is {on_older_service!r}, expected 'resend', 'continue' or 'stop'")
     if timeouts is None:
         timeouts = Timeouts.embedded() if is_embedded(url) else Timeouts()
     transport = open_transport(url, token=token, ca=ca, cert=cert, key=key, insecure_token=insecure_token)
-    return Client(transport, timeouts=timeouts, limits=limits or Limits(), on_failure=on_failure)
+    return Client(
+        transport,
+        timeouts=timeouts,
+        limits=limits or Limits(),
+        on_failure=on_failure,
+        on_older_service=on_older_service,
+    )
 
 
 class Client:
     """Made by `connect`. Its own methods raise WeighbridgeError; those of its jobs obey `on_failure`."""
 
-    def __init__(self, transport: Transport, *, timeouts: Timeouts, limits: Limits, on_failure: OnFailure) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        timeouts: Timeouts,
+        limits: Limits,
+        on_failure: OnFailure,
+        on_older_service: OlderService = "resend",
+    ) -> None:
         self._transport = transport
         self._timeouts = timeouts
         self._limits = limits
         self._on_failure: OnFailure = on_failure
+        self._on_older_service: OlderService = on_older_service
         self._breaker = CircuitBreaker(limits.breaker_period_s, limits.breaker_max_period_s)
         self._jobs_lock = threading.Lock()
         self._jobs: list[Job] = []
@@ -237,9 +261,9 @@ class Client:
         upload = None
         if reference_files is not None:
             upload = pb.PutReferenceRequest(name=reference, files=dict(reference_files), exist_ok=True)
-        link = JobLink(self._transport, self._breaker, opening, creation, upload)
+        link = JobLink(self._transport, self._breaker, opening, creation, upload, self._on_older_service)
         try:
-            link.attach(self._timeouts.admin_s)
+            link.attach(self._timeouts.admin_s, trial=True)  # no job's thread may be there to make one
         except WeighbridgeError as exc:
             if self._on_failure == "raise":
                 raise
@@ -252,7 +276,7 @@ class Client:
         job = Job(
             link,
             timeouts=self._timeouts,
-            limits=self._limits,
+            limits=replace(self._limits, kept_updates=0) if self._on_older_service != "resend" else self._limits,
             on_failure=self._on_failure,
             read_your_writes=read_your_writes,
         )

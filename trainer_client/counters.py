@@ -29,6 +29,7 @@ class Counters:
     updates_sent: int = 0  # handed to meta_update
     updates_acknowledged: int = 0  # in the weighter's log
     updates_duplicate: int = 0  # of these, in the log before
+    updates_resent: int = 0  # acknowledged before, lost by the service since, and in the weighter's log again
     updates_refused: int = 0  # turned down: wrong, or stale
     updates_dropped: int = 0  # given up: too many, too old, or not delivered by close
     score_seconds: float = 0.0  # that the caller spent in score, or waiting for the batch of a step to be selected

@@ -60,6 +60,8 @@ class Job:
     ) -> None:
         self._link = link
         self._timeouts = timeouts
+        self._limits = limits
+        self._patient_at = 0.0  # from when on a score waits for updates that are not acknowledged
         self._on_failure = on_failure
         self._read_your_writes = read_your_writes
         self._tally = Tally()
@@ -118,7 +120,12 @@ class Job:
         min_effective_share: float | None = None,
         return_statistics: bool = False,
     ) -> Scores:
-        """Weights for the batch of an optimiser step.
+        """Weights for the batch of an optimiser step; returns when they are there, or can't be.
+
+        There is no second form that returns at once. What a weighter reads of the trainer's losses is known when the
+        forward pass ends, and the backward pass begins with the weighted loss, so its weights; only what depends on
+        neither may overlap (the next batch's way to the device), and a loop that prepares that ahead has the overlap.
+        Weights by tokens alone are fetched ahead instead: `trainer_client.select`.
 
         Args:
             features: [B, F] floating, columns as in `feature_names`, or as in the weighter's spec.
@@ -206,24 +213,29 @@ class Job:
 
         It does not wait for a service that is away. Updates that are not delivered count as dropped.
         """
+        deadline = Deadline(self._timeouts.close_s)
         for finish in self._before_close:
             finish()
         with self._close_lock:
             if self._closed:
                 return
             self._closed = True
-        deadline = Deadline(self._timeouts.close_s)
         self._sender.wait(deadline.left_s(), until=lambda: self._link.away)
         call_s = self._timeouts.score_s if self._link.away else self._timeouts.close_s
         self._sender.stop(min(deadline.left_s(), call_s))
         self._link.close(min(deadline.left_s(), self._timeouts.admin_s))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on with this job: job_id, last_step, last_position; plain JSON values."""
+        """What a checkpoint needs to go on with this job, in plain JSON values.
+
+        That is job_id, last_step, last_position, and as "kept" the newest acknowledged updates, for a service that was
+        restored from a state before them (`connect`, on_older_service).
+        """
         return {
             "job_id": self._link.job_id,
             "last_step": self._link.last_step,
             "last_position": self._link.last_position,
+            "kept": self._sender.kept(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -231,6 +243,8 @@ class Job:
 
         Raises:
             InvalidArgument: `state` is not what `state_dict` returns.
+            FailedPrecondition: with `on_older_service="stop"`, whatever `on_failure` says: the service is older than
+                the checkpoint. Where that is found only later, as it is away now, `failure` says it.
             WeighbridgeError: with `on_failure="raise"`, where the job can't be attached.
         """
         job_id, last_step, last_position = _check_state(state)
@@ -238,11 +252,12 @@ class Job:
             deadline = Deadline(self._timeouts.close_s)
             self._sender.wait(deadline.left_s(), until=lambda: not self._link.usable)
             self._link.close(deadline.left_s())  # it was opened under an id that nobody goes on with
+        self._sender.keep(state.get("kept", []))
         self._link.restore(job_id, last_step, last_position)
         try:
             self._link.attach(self._timeouts.admin_s)
         except WeighbridgeError:
-            if self._on_failure == "raise":
+            if self._on_failure == "raise" or self._link.stopped:
                 raise
         finally:
             self._sender.wake()  # for the updates that waited
@@ -341,11 +356,15 @@ class Job:
         """Position of the last own update, once all that are outstanding have one."""
         if not self._read_your_writes:
             return 0
-        if not self._sender.wait(deadline.left_s(), until=lambda: not self._link.usable):
+        # Who waited in vain waits again only after a while: a backlog costs no deadline a step. The breaker stays
+        # closed, or the backlog would never be delivered.
+        patient = time.monotonic() >= self._patient_at
+        wait_s = deadline.left_s() if patient else 0.0
+        if not self._sender.wait(wait_s, until=lambda: not self._link.usable):
             self._link.check()
-            error = DeadlineExceeded("earlier meta-updates of this job were not acknowledged in time")
-            self._link.breaker.trip(error)
-            raise error
+            if patient:
+                self._patient_at = time.monotonic() + self._limits.breaker_period_s
+            raise DeadlineExceeded("earlier meta-updates of this job were not acknowledged in time")
         return self._link.last_position
 
     def _fallback(self, batch: wire.Batch, step: int, exc: WeighbridgeError) -> Scores:
@@ -367,6 +386,7 @@ class Job:
         update_id: str | None,
     ) -> pb.MetaUpdateRequest:
         self._check_open()
+        self._link.check_not_stopped()
         if estimator not in wire.ESTIMATORS:
             raise InvalidArgument(f"estimator is {estimator!r}, expected one of {', '.join(wire.ESTIMATORS)}")
         return pb.MetaUpdateRequest(

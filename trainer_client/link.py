@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Any
+from typing import Any, Literal
 
 from google.protobuf.message import Message
 
@@ -29,6 +29,8 @@ from weighting_contract.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+OlderService = Literal["resend", "continue", "stop"]
 
 LASTING_S = 10.0  # longer than any time that passing overload asks for
 
@@ -52,6 +54,12 @@ class JobLink:
         opening: opens the job; its `job_id` is set, so opening again is no new job.
         creation: makes the weighter where it is missing; None: it must be there.
         upload: gives the service the job's reference where it is missing; None: it must be there.
+        on_older_service: what to do where the service has lost updates that it had acknowledged.
+
+    Attributes:
+        rewinds: how often the service was found to be older than what it had acknowledged.
+        stopped: why the job has nothing to do with its weighter any more; None: it has.
+        answered_at: when the service answered last, of `time.monotonic`.
     """
 
     def __init__(
@@ -61,8 +69,11 @@ class JobLink:
         opening: pb.OpenJobRequest,
         creation: pb.CreateWeighterRequest | None,
         upload: pb.PutReferenceRequest | None = None,
+        on_older_service: OlderService = "resend",
     ) -> None:
         self.breaker = breaker
+        self.rewinds = 0
+        self.stopped: FailedPrecondition | None = None
         self.attached = False
         self.failure: WeighbridgeError = Unavailable("the job has not reached the weighting service yet")
         self.position = 0  # of the weighter, as last heard
@@ -72,6 +83,8 @@ class JobLink:
         self._opening = opening
         self._creation = creation
         self._upload = upload
+        self._on_older_service = on_older_service
+        self.answered_at = time.monotonic()
         self._attaching = threading.Lock()
         self._positions = threading.Lock()
 
@@ -107,8 +120,14 @@ class JobLink:
             return self._send(method, request, timeout_s, trial)
         except (NotFound, FailedPrecondition, Unauthenticated, PermissionDenied) as exc:
             if _lost(exc):
-                self.attach(deadline.left_s())
+                if not self._attach_again(method, request, deadline):
+                    raise _older(method) from exc
                 return self._send(method, request, deadline.left_s())
+            if method == "MetaUpdate" and isinstance(exc, FailedPrecondition):
+                # A position that is ahead of the log is refused: the first word of a service that was restored.
+                if not self._attach_again(method, request, deadline):
+                    raise _older(method) from exc
+                raise
             # About a meta-update it says nothing of the job; elsewhere the job was reset, or the token is not enough.
             if method != "MetaUpdate" or isinstance(exc, Unauthenticated):
                 self._detach(exc)
@@ -117,6 +136,7 @@ class JobLink:
     def attach(self, timeout_s: float, *, trial: bool = False) -> None:
         """Makes weighter and reference where they are missing and opens the job; all of it is idempotent."""
         deadline = Deadline(timeout_s)
+        self.check_not_stopped()
         if not self._attaching.acquire(timeout=timeout_s):
             raise DeadlineExceeded("the job was being attached already, and that did not end in time")
         try:
@@ -132,6 +152,21 @@ class JobLink:
             raise
         finally:
             self._attaching.release()
+
+    def check_not_stopped(self) -> None:
+        """Raises FailedPrecondition where it has."""
+        if self.stopped is not None:
+            raise FailedPrecondition("the job has stopped, as its service is older than what it had acknowledged")
+
+    def _attach_again(self, method: str, request: Any, deadline: Deadline) -> bool:
+        """Attaches the job; whether `request` may be sent then: no update, where others may have to go before it."""
+        rewinds = self.rewinds
+        self.attach(deadline.left_s())
+        if self.rewinds == rewinds:
+            return True
+        if method == "Score":
+            request.min_position = min(request.min_position, self.last_position)
+        return method != "MetaUpdate"
 
     def _send_reference(self, upload: pb.PutReferenceRequest, deadline: Deadline, trial: bool) -> None:
         """It may be large, so only a service without one of its name gets it; OpenJob compares the checksums."""
@@ -154,6 +189,7 @@ class JobLink:
     def restore(self, job_id: str, last_step: int, last_position: int) -> None:
         """Takes up another job; it is attached at the next `attach`."""
         with self._attaching:
+            self.stopped = None
             if job_id != self.job_id:
                 self.attached = False
                 self.failure = Unavailable("the restored job has not reached the weighting service yet")
@@ -171,21 +207,37 @@ class JobLink:
         self.position = position
 
     def _opened(self, job: pb.Job) -> None:
+        taught = job.last_step if job.last_position else -1
         with self._positions:
-            mine = max(self.last_position, job.last_position)
-            self.last_position = min(mine, job.position)
-            taught = job.last_step if job.last_position else -1
-            self.last_step = max(self.last_step, taught) if mine <= job.position else taught
-        if mine > job.position:
-            logger.warning(
-                "weighter %r is at position %d, but this job had taught it up to %d: it was made anew or restored from "
-                "an older state; going on from there",
-                self._opening.weighter,
-                job.position,
-                mine,
+            step, position = self.last_step, self.last_position
+            older = taught < step or job.position < position
+            if not older:
+                self.last_step, self.last_position = taught, max(position, job.last_position)
+            elif self._on_older_service != "stop":
+                self.last_step, self.last_position = taught, job.last_position
+        if older:
+            self._rewind(
+                f"weighter {self._opening.weighter!r} is at position {job.position} and knows this job's updates up to "
+                f"step {taught}, but had acknowledged them up to step {step}, position {position}: it was made anew or "
+                "restored from an older state",
             )
         self.position = job.position
         self.attached = True
+
+    def _rewind(self, finding: str) -> None:
+        """What `on_older_service` says. Raises FailedPrecondition where that is to stop."""
+        if self._on_older_service == "stop":
+            self.stopped = FailedPrecondition(
+                f"{finding}; the job has stopped, as on_older_service is 'stop': restore a newer state of the service, "
+                "go on from a checkpoint of that time, or choose 'resend' or 'continue'"
+            )
+            logger.warning("%s", self.stopped.message)
+            raise self.stopped
+        if self._on_older_service == "resend":
+            logger.warning("%s; what is kept of the later ones is sent again", finding)
+        else:
+            logger.warning("%s; going on from there", finding)
+        self.rewinds += 1
 
     def _detach(self, exc: WeighbridgeError) -> None:
         self.failure = exc
@@ -196,13 +248,19 @@ class JobLink:
             if timeout_s <= 0:
                 raise DeadlineExceeded(f"no time was left for {method}")
             try:
-                return self._transport.call(method, request, timeout_s)
+                answer = self._transport.call(method, request, timeout_s)
+            except (Unavailable, DeadlineExceeded):
+                raise
             except WeighbridgeError as exc:
+                self.answered_at = time.monotonic()
                 if method == "MetaUpdate" and lasting(exc):
                     return exc  # learning has no room; scoring may go on, so the breaker stays closed
                 raise
             except Exception as exc:  # a bug in a transport must not end a training run
+                self.answered_at = time.monotonic()
                 raise Internal(f"{method} failed in the client: {exc!r}") from exc
+            self.answered_at = time.monotonic()
+            return answer
 
         answer = self.breaker.call(attempt, trial=trial)
         if isinstance(answer, WeighbridgeError):
@@ -213,6 +271,10 @@ class JobLink:
 def lasting(exc: WeighbridgeError) -> bool:
     """Whether the service wants to be left alone for so long that an update is given up (a full disk)."""
     return isinstance(exc, ResourceExhausted) and exc.retry_after_s > LASTING_S
+
+
+def _older(method: str) -> Unavailable:
+    return Unavailable(f"{method} waits: the service is older than what it had acknowledged; what it lost goes first")
 
 
 def _lost(exc: WeighbridgeError) -> bool:

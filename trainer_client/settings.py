@@ -43,24 +43,28 @@ class Limits:
     Args:
         pending_updates: meta-updates kept for delivery; when there is one more, the oldest is dropped.
         update_age_s: a meta-update that could not be delivered for this long is dropped.
+        kept_updates: acknowledged meta-updates kept to be sent again to a service that was restored from an older
+            state, and part of `Job.state_dict`; of 4 MiB at most in all. 0: none.
         heartbeat_s: mean time between heartbeats.
         breaker_period_s: how long the service is left alone after it was away or didn't answer in time ...
         breaker_max_period_s: ... doubling at each further failure up to this.
 
     Raises:
-        InvalidArgument: a value that is not a finite number above 0.
+        InvalidArgument: a value that is not a finite number above 0, or of kept_updates from 0.
     """
 
     pending_updates: int = 32
     update_age_s: float = 120.0
+    kept_updates: int = 64
     heartbeat_s: float = 15.0
     breaker_period_s: float = 5.0
     breaker_max_period_s: float = 60.0
 
     def __post_init__(self) -> None:
         _check_positive(self)
-        if not isinstance(self.pending_updates, int):
-            raise InvalidArgument(f"Limits.pending_updates is {self.pending_updates!r}, expected a whole number")
+        for name in ("pending_updates", "kept_updates"):
+            if not isinstance(getattr(self, name), int):
+                raise InvalidArgument(f"Limits.{name} is {getattr(self, name)!r}, expected a whole number")
         if self.breaker_max_period_s < self.breaker_period_s:
             raise InvalidArgument(
                 f"Limits.breaker_max_period_s is {self.breaker_max_period_s}, "
@@ -72,7 +76,9 @@ def _check_positive(settings: Timeouts | Limits) -> None:
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and value > 0):
+        may_be_none = setting.name == "kept_updates"
+        if not (number and math.isfinite(value) and (value > 0 or (may_be_none and value == 0))):
+            least = "from 0" if may_be_none else "above 0"
             raise InvalidArgument(
-                f"{type(settings).__name__}.{setting.name} is {value!r}, expected a finite number above 0"
+                f"{type(settings).__name__}.{setting.name} is {value!r}, expected a finite number {least}"
             )

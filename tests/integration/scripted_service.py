@@ -121,6 +121,8 @@ class ScriptedService(WeightingServiceServicer):
             key = (request.job_id, request.update_id)
             duplicate = key in self.log
             position = self.log.setdefault(key, len(self.log) + 1)
+            if not duplicate and request.step >= self.taught.get(request.job_id, (-1, 0))[0]:
+                self.taught[request.job_id] = (request.step, position)
             self.order.append(("MetaUpdate", request.step))
         self._run(self.after, "MetaUpdate", request, context)
         return pb.MetaUpdateResponse(position=position, duplicate=duplicate, applied_position=position)

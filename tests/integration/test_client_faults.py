@@ -206,6 +206,24 @@ def test_a_job_attaches_once_the_service_is_there() -> None:
     assert server.service.requests["CreateWeighter"][0].spec.head.width > 0, "defaults are spelled out"
 
 
+def test_a_job_can_be_opened_by_a_client_that_failed_to(server: ScriptedServer) -> None:
+    """There is no other job whose thread would find out that the service is back."""
+    server.service.before["OpenJob"] = abort(grpc.StatusCode.UNAVAILABLE, "still loading")
+    with connect(server.url, timeouts=PATIENT, limits=QUICK_TRIALS, on_failure="raise") as client:
+        with pytest.raises(Unavailable):
+            client.open_job()
+        del server.service.before["OpenJob"]
+
+        def opened() -> Job | None:
+            try:
+                return client.open_job()
+            except Unavailable:
+                return None
+
+        with wait_for(opened) as job:
+            assert not job.score(FEATURES, 0).fallback
+
+
 def test_a_hanging_service_is_asked_once(server: ScriptedServer) -> None:
     server.service.before["Score"] = server.service.hang
     client, job = open_job(server.url, SHORT)
@@ -468,6 +486,21 @@ def test_a_late_acknowledgement_costs_one_deadline(server: ScriptedServer) -> No
     assert job.counters.fallbacks == {"DEADLINE_EXCEEDED": 20}
 
 
+def test_a_backlog_is_delivered_while_steps_go_without_weights(server: ScriptedServer) -> None:
+    """Were the breaker opened for it, nothing would be delivered for a period, and there would be a backlog again."""
+    server.service.before["MetaUpdate"] = server.service.hang
+    client, job = open_job(server.url, Timeouts(score_s=0.2, meta_update_s=20, admin_s=20, close_s=20))
+    with client, job:
+        for step in range(8):
+            job.meta_update(COTANGENT, FEATURES, step)
+        assert job.score(FEATURES, 8).fallback
+        server.service.released.set()
+        wait_for(lambda: not job.score(FEATURES, 9).fallback)
+        assert job.flush()
+    assert server.service.steps_taught() == list(range(8))
+    assert (job.counters.updates_acknowledged, job.counters.updates_duplicate) == (8, 0)
+
+
 def test_a_frozen_job_sends_no_updates(server: ScriptedServer) -> None:
     client, job = open_job(server.url, role="frozen")
     with client, job:
@@ -517,7 +550,8 @@ def test_state_goes_through_json_to_another_run(server: ScriptedServer) -> None:
             job.meta_update(COTANGENT, FEATURES, step)
         assert job.flush()
         state = json.loads(json.dumps(job.state_dict()))
-    assert state == {"job_id": job.job_id, "last_step": 2, "last_position": 3}
+    assert {k: v for k, v in state.items() if k != "kept"} == {"job_id": job.job_id, "last_step": 2, "last_position": 3}
+    assert len(state["kept"]) == 3
     client, resumed = open_job(server.url)
     with client, resumed:
         resumed.load_state_dict(state)

@@ -115,9 +115,18 @@ def test_late_news_of_earlier_calls_changes_nothing(breaker: CircuitBreaker) -> 
 
     assert breaker.call(slow_success) == "late answer"
     assert breaker.is_open
-    before = breaker.trial_in_s()
-    breaker.trip(Unavailable("also late"))
-    assert breaker.trial_in_s() == before
+
+
+def test_late_failures_of_earlier_calls_change_nothing(breaker: CircuitBreaker) -> None:
+    def slow_failure() -> str:
+        fail(breaker, DeadlineExceeded("another call"))
+        opened.append(breaker.trial_in_s())
+        raise Unavailable("also late")
+
+    opened: list[float | None] = []
+    with pytest.raises(Unavailable):
+        breaker.call(slow_failure)
+    assert breaker.trial_in_s() == opened[0]
 
 
 @pytest.mark.parametrize(("asked_s", "expected_s"), [(0.5, 0.5), (1e9, 60.0), (-1.0, 0.0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from weighting_contract.errors import (
 )
 
 RETRY_AFTER_KEY = "retry-after-s"  # trailing metadata of RESOURCE_EXHAUSTED
+UNANSWERED = 2  # calls in a row after which a connection is taken for dead
 LEAST_TIMEOUT_S = 0.001  # gRPC takes a timeout of 0 for none
 
 # A name may stand for several services: each channel takes one of them at random and stays with it.
@@ -63,14 +65,12 @@ class GrpcTransport(Transport):
         self._credentials = credentials or Credentials()
         self._scheme = "grpcs" if encrypted else "grpc"
         self._addresses = list(addresses)
-        if encrypted:
-            ca, cert, key = self._credentials.tls.read()
-            secrets = grpc.ssl_channel_credentials(ca, key, cert)
-            self._channels = [grpc.secure_channel(a, secrets, options=CHANNEL_OPTIONS) for a in self._addresses]
-        else:
-            self._channels = [grpc.insecure_channel(a, options=CHANNEL_OPTIONS) for a in self._addresses]
-        self._stubs = [WeightingServiceStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
+        self._channels = [self._channel(a) for a in self._addresses]
+        self._stubs = [_stub(channel) for channel in self._channels]
         self._answered = [False] * len(self._addresses)  # each one's last call
+        self._unanswered = [0] * len(self._addresses)  # each one's calls in a row that met their deadline
+        self._closed = False
+        self._changing = threading.Lock()  # of channels
         self._current = 0
 
     def call(self, method: str, request: Message, timeout_s: float) -> Any:
@@ -108,8 +108,38 @@ class GrpcTransport(Transport):
             call.cancel()
 
     def close(self) -> None:
-        for channel in self._channels:
-            channel.close()
+        with self._changing:
+            self._closed = True
+            for channel in self._channels:
+                channel.close()
+
+    def _channel(self, address: str) -> grpc.Channel:
+        """Connects when it is first used."""
+        if self._scheme == "grpc":
+            return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        ca, cert, key = self._credentials.tls.read()
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options=CHANNEL_OPTIONS)
+
+    def _heard(self, index: int, stub: WeightingServiceStub, error: WeighbridgeError | None) -> None:
+        """Counts whether an address answers, and leaves a connection that nothing comes back from.
+
+        A middlebox that has lost a connection may swallow all that goes into it, and gRPC's own keepalive only looks at
+        calls that last longer than ours; so it would stay with that connection, and every call meet its deadline.
+        """
+        self._answered[index] = not isinstance(error, Unavailable | DeadlineExceeded)
+        with self._changing:
+            if stub is not self._stubs[index] or self._closed:
+                return
+            self._unanswered[index] = self._unanswered[index] + 1 if isinstance(error, DeadlineExceeded) else 0
+            if self._unanswered[index] < UNANSWERED:
+                return
+            try:
+                channel = self._channel(self._addresses[index])
+            except WeighbridgeError:  # the files of the credentials are just being replaced
+                return
+            self._channels[index].close()
+            self._channels[index], self._stubs[index] = channel, _stub(channel)
+            self._unanswered[index] = 0
 
     def _attempts(self) -> list[int]:
         """Whom to ask, one after the other. A single name twice: the second time another of its services may answer."""
@@ -123,15 +153,21 @@ class GrpcTransport(Transport):
 
     def _call_one(self, index: int, method: str, request: Message, timeout_s: float) -> Any:
         timeout_s = max(timeout_s, LEAST_TIMEOUT_S)
+        stub = self._stubs[index]
         try:
-            answer = getattr(self._stubs[index], method)(request, timeout=timeout_s, metadata=self._metadata())
+            answer = getattr(stub, method)(request, timeout=timeout_s, metadata=self._metadata())
         except grpc.RpcError as exc:
             error = self._error(exc, method, index)
-            self._answered[index] = not isinstance(error, Unavailable | DeadlineExceeded)
+            self._heard(index, stub, error)
             raise error from exc
         except ValueError as exc:  # "Cannot invoke RPC on closed channel!"
             raise Unavailable("the client is closed") from exc
-        self._answered[index] = True
+        self._heard(index, stub, None)
+        if answer is None:  # what gRPC gives for bytes that are no message, where the status came through
+            raise Internal(
+                f"the weighting service at {self._scheme}://{self._addresses[index]} answered {method} with "
+                "something that can't be read"
+            )
         return answer
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
@@ -152,6 +188,10 @@ class GrpcTransport(Transport):
         if code in BY_CODE:
             return BY_CODE[code](details)
         return Internal(f"{where} answered {method} with {code}: {details}")
+
+
+def _stub(channel: grpc.Channel) -> WeightingServiceStub:
+    return WeightingServiceStub(channel)  # type: ignore[no-untyped-call]
 
 
 def _retry_after_s(exc: grpc.RpcError) -> float:

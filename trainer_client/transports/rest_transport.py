@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from protos.weighting.v1 import weighting_pb2 as pb
 from trainer_client.credentials import Credentials
 from trainer_client.tracing import TRACER
-from trainer_client.transports import rest_json
+from trainer_client.transports import http_deadline, rest_json
 from trainer_client.transports.base import MAX_MESSAGE_BYTES, Transport
 from weighting_contract.errors import (
     BY_CODE,
@@ -41,7 +41,7 @@ class RestTransport(Transport):
     def __init__(self, base_url: str, credentials: Credentials | None = None) -> None:
         self._base_url = base_url
         self._credentials = credentials or Credentials()
-        self._client = httpx.Client(base_url=base_url, verify=_context(base_url, self._credentials))
+        self._client = http_deadline.client(base_url, _context(base_url, self._credentials))
 
     def call(self, method: str, request: Message, timeout_s: float) -> Any:
         route = rest_json.ROUTES[method](request)
@@ -93,7 +93,7 @@ class RestTransport(Transport):
         headers = TRACER.headers() | ({} if content is None else {"content-type": "application/json"})
         if authorization := self._credentials.authorization():
             headers["authorization"] = authorization
-        extensions = {"timeout": _TimeLeft(deadline)}
+        extensions = http_deadline.deadline_extensions(deadline)
         with self._client.stream(
             route.verb, route.path, content=content, headers=headers, extensions=extensions
         ) as response:
@@ -114,20 +114,6 @@ def _context(base_url: str, credentials: Credentials) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts none so far
     tls.load_into(context)
     return context
-
-
-class _TimeLeft(dict[str, float]):
-    """httpx's timeout extension, with what is left until a deadline at each phase of a request.
-
-    httpx limits connecting, writing and reading one by one; a call here has one deadline over all of them.
-    """
-
-    def __init__(self, deadline: float) -> None:
-        super().__init__()
-        self._deadline = deadline
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return max(self._deadline - time.monotonic(), 0.001)
 
 
 def _encode(body: dict[str, Any]) -> bytes:

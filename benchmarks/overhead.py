@@ -1,0 +1,208 @@
+"""What a weighter costs the training step, in the demo's setting, beside no weighter at all.
+
+    python -m benchmarks.overhead [--size nano] [--rounds 16]
+
+The service is a process of its own with one CPU thread, the training has another. Every kind of training goes on in
+turns, in blocks of steps, so that whatever else the machine does meets all alike; a figure is the median over rounds of
+a block's time over that of the block without a weighter beside it. `learn` teaches at the default cadence (the run's
+first steps, which are all taught, are over), with the samples that the demo takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.machine import describe, goal
+from benchmarks.score import start_service
+from trainer_client import Client, Job, Limits, Timeouts, connect
+from trainer_client.cadence import Cadence
+from trainer_client.features import FEATURE_NAMES, batch_features
+from trainer_client.hypergradient import cotangent
+from trainer_client.loss import per_sample_loss, weighted_loss
+from trainer_client.run.models import build_model
+from trainer_client.select import Selector
+from weighting_contract.errors import Unavailable
+
+VOCABULARY, TOKENS, BATCH, CANDIDATES, AHEAD, PROBES = 1024, 64, 32, 5, 2, 4
+TAUGHT, VALIDATION, LEARNING_RATE = 16, 8, 2e-3
+BLOCK = 16  # steps: four of them are taught
+GOALS = {"frozen": 0.02, "learn": 0.08}
+PATIENT = Timeouts(score_s=60, meta_update_s=60, admin_s=60, close_s=60)
+CADENCE = Cadence(first=0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="nano", help="of the model that is trained")
+    parser.add_argument("--rounds", type=int, default=16)
+    given = parser.parse_args()
+    print(describe())
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        service, port, _ = start_service(Path(folder) / "state")
+        try:
+            url, limits = f"grpc://127.0.0.1:{port}", Limits(breaker_period_s=0.5, breaker_max_period_s=0.5)
+            with connect(url, timeouts=PATIENT, limits=limits, on_failure="raise") as client:
+                trainings: dict[str, Training] = {"no weighter": Training(given.size)}
+                for kind, training in (("weight", Weighting), ("select", Selecting)):
+                    trainings |= {f"{kind}, {role}": training(given.size, client, role) for role in GOALS}
+                seconds = measure({name: each.block for name, each in trainings.items()}, given.rounds)
+        finally:
+            service.terminate()
+            service.wait()
+    return report(seconds, given.size)
+
+
+def measure(blocks: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each block by round; in each round in another order."""
+    seconds: dict[str, list[float]] = {name: [] for name in blocks}
+    for block in blocks.values():
+        block()  # fills caches
+    for turn in range(rounds):
+        for name in np.random.default_rng(turn).permutation(list(blocks)):
+            started = time.perf_counter()
+            blocks[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def report(seconds: dict[str, list[float]], size: str) -> int:
+    """Prints the ratios; 1 where a goal is missed."""
+    without = seconds["no weighter"]
+    step_ms = 1e3 * statistics.median(without) / BLOCK
+    print(f"{size}, batches of {BATCH} x {TOKENS} tokens: a step without a weighter {step_ms:.1f} ms")
+    missed = False
+    for name, values in seconds.items():
+        if name == "no weighter":
+            continue
+        overhead = statistics.median(w / v for w, v in zip(values, without, strict=True)) - 1
+        most = GOALS[name.rpartition(" ")[2]]
+        missed |= overhead > most
+        print(f"    {name:<15}{overhead:+.1%}", goal(overhead, most, ".0%"))
+    return int(missed)
+
+
+class Training:
+    """Steps without a weighter."""
+
+    def __init__(self, size: str) -> None:
+        self.model = build_model(size, VOCABULARY, TOKENS, seed=0).eval()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+        self.step = 0
+
+    def block(self) -> None:
+        for _ in range(BLOCK):
+            self.train(samples(self.step, BATCH))
+            self.step += 1
+
+    def train(self, tokens: torch.Tensor) -> None:
+        losses = self.losses(tokens)
+        weights = self.weights(tokens, losses.detach())
+        self.optimizer.zero_grad(set_to_none=True)
+        weighted_loss(per_sample_loss(losses), weights).backward()
+        self.teach(tokens, losses.detach())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+    def weights(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(tokens))
+
+    def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
+        pass
+
+    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, T] nats."""
+        logits = self.model(input_ids=tokens[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+    def cotangent(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        """[TAUGHT] of the first samples, as the demo computes it."""
+        return cotangent(
+            self.model,
+            lambda model, batch: per_sample_loss(self.losses(batch)),
+            tokens[:TAUGHT],
+            samples(10**6 + self.step, VALIDATION),
+            learning_rate=LEARNING_RATE,
+            two_sided=False,
+            base_losses=per_sample_loss(losses[:TAUGHT]),
+        )
+
+
+class Weighting(Training):
+    """The samples of each batch are weighted by statistics of their losses."""
+
+    def __init__(self, size: str, client: Client, role: Any) -> None:
+        super().__init__(size)
+        spec = {"features": {"names": list(FEATURE_NAMES)}}
+        self.job = opened(client, weighter=f"weight-{role}", role=role, spec=spec)
+        self.learns = role == "learn"
+        self.unigram_nll = torch.full((VOCABULARY,), float(np.log(VOCABULARY)))
+        self.features = torch.zeros(0)
+
+    def weights(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        self.features = batch_features(losses, self.unigram_nll[tokens[:, 1:]])
+        weights: torch.Tensor = self.job.score(self.features, self.step).weights
+        return weights
+
+    def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
+        if self.learns and CADENCE.due(self.step):
+            self.job.meta_update(self.cotangent(tokens, losses), self.features[:TAUGHT], self.step)
+
+
+class Selecting(Training):
+    """Each batch is chosen from candidates that were scored ahead."""
+
+    def __init__(self, size: str, client: Client, role: Any) -> None:
+        super().__init__(size)
+        self.learns = role == "learn"
+        documents = list(samples(10**6, 64).numpy())
+        self.job = opened(
+            client, weighter=f"select-{role}", role=role, initial="pretaught", reference="pretaught", profile=documents
+        )
+        self.selector = Selector(self.job, keep=BATCH, probes=PROBES)
+        for step in range(AHEAD):
+            self.submit(step)
+
+    def train(self, tokens: torch.Tensor) -> None:
+        self.submit(self.step + AHEAD)
+        self.selection = self.selector.result(self.step)
+        candidates = samples(self.step, CANDIDATES * BATCH)
+        super().train(candidates[torch.from_numpy(self.selection.kept)])
+
+    def submit(self, step: int) -> None:
+        candidates = samples(step, CANDIDATES * BATCH).numpy().astype(np.uint16)
+        self.selector.submit(step, candidates, probes=PROBES if self.learns and CADENCE.due(step) else 0)
+
+    def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
+        if self.learns and CADENCE.due(self.step):
+            self.selector.teach(self.step, self.cotangent(tokens, losses), self.selection)
+
+
+def opened(client: Client, **arguments: Any) -> Job:
+    """A job, once the service has loaded what it needs."""
+    until = time.monotonic() + PATIENT.admin_s
+    while True:
+        try:
+            return client.open_job(**arguments)
+        except Unavailable:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+
+
+def samples(step: int, count: int) -> torch.Tensor:
+    """[count, T+1] token ids."""
+    return torch.from_numpy(np.random.default_rng(step).integers(0, VOCABULARY, (count, TOKENS + 1)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
