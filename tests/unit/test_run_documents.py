@@ -75,6 +75,7 @@ def test_a_file_with_a_comma_in_its_name_is_one_file(tmp_path: Path) -> None:
     [
         ("x.jsonl", b'{"text": "a"}\n{"text": \n{"text": "b"}\n', r"x\.jsonl, line 2 is not JSON: .*char \d+\)$"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "b', "line 2 is not JSON: .*ends in the middle of this line"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "f\xc3', "line 2 is not UTF-8 text: .*ends in the middle of this line"),
         ("x.jsonl", b'{"text": "a"}\n["b"]\n', "line 2 is list, expected an object"),
         ("x.jsonl", b'{"body": "a", "id": 1}\n', "line 1 has no field text; its fields: body, id"),
         ("x.jsonl", b'{"text": 7}\n', "line 1: text is int, expected a string"),

@@ -65,6 +65,18 @@ def _read_part(part: str, progress: Progress | None) -> Iterator[Document]:
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 
+def data_files(name: str) -> list[Path]:
+    """The files that `name` (a file, a folder or a glob) stands for, in a fixed order. InvalidArgument: none."""
+    expected = "expected a .txt, .jsonl, .jsonl.gz or .parquet file, a folder of those, or a glob"
+    if not os.path.exists(Path(name).expanduser()) and not any(character in name for character in "*?["):
+        raise InvalidArgument(f"there is no file {name!r}: {expected}")
+    files = _files(name) or []
+    for file in files:
+        if _reader(file) is None:
+            raise InvalidArgument(f"{file} has an unknown form: {expected}")
+    return files
+
+
 def _files(part: str) -> list[Path] | None:
     """The files that `part` names, in a fixed order; None where it can only be a dataset's name."""
     path = Path(part).expanduser()
@@ -109,23 +121,28 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
     stem = path.name.split(".jsonl")[0]
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError as exc:
-            raise InvalidArgument(f"{where} is not UTF-8 text: {exc.reason}") from exc
-        except ValueError as exc:
-            end = "" if line.endswith(b"\n") else "; the file ends in the middle of this line"
-            raise InvalidArgument(f"{where} is not JSON: {exc}{end}") from exc
-        if not isinstance(row, dict):
-            raise InvalidArgument(f'{where} is {type(row).__name__}, expected an object like {{"text": "..."}}')
-        yield _document(row, stem, where)
+    for number, line in numbered_lines(path):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield _document(json_object(line, where), stem, where)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line of JSONL. Raises InvalidArgument, naming `where` it stands, for anything else."""
+    end = "" if line.endswith(b"\n") else "; the file ends in the middle of this line"
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as exc:
+        raise InvalidArgument(f"{where} is not UTF-8 text: {exc.reason}{end}") from exc
+    except ValueError as exc:
+        raise InvalidArgument(f"{where} is not JSON: {exc}{end}") from exc
+    if not isinstance(row, dict):
+        raise InvalidArgument(f'{where} is {type(row).__name__}, expected an object like {{"text": "..."}}')
+    return row
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a .jsonl or .jsonl.gz, from 1, as they are read. Raises InvalidArgument where a .gz is cut off."""
     number = 0
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         try:

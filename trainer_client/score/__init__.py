@@ -1,0 +1,1 @@
+"""Scores a whole corpus in bounded memory: `python -m trainer_client.score`."""
