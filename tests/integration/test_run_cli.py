@@ -1,16 +1,10 @@
-"""`python -m trainer_client.run` on small files: what it leaves, how it resumes, and how it answers mistakes."""
+"""`python -m trainer_client.run` on small files: what it leaves, and how it answers mistakes."""
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,108 +12,38 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_job import (
+    BATCH,
+    CANDIDATES,
+    STEPS,
+    WORDS,
+    contents,
+    count_lines,
+    exported_weighter,
+    final,
+    read,
+    selected,
+    start,
+    weighed,
+    when,
+)
 
 from trainer_client import connect
 from trainer_client.profile import main as make_profile_file
 from trainer_client.run.__main__ import main
 from trainer_client.run.metrics import read_metrics
-from trainer_client.run.recorder import Record, read_records
 from trainer_client.run.tokenizer import load_tokenizer, train_tokenizer
 from weighting_contract.reference import check_reference, reference_files
 from weighting_contract.spec import FeatureSpec, WeighterSpec
 
-BATCH, CANDIDATES, STEPS = 8, 3, 24
-WORDS = {
-    "prose": "the weights of a batch say how much each sample counts when the loss of the model is taken".split(),
-    "tables": [str(n) for n in range(100, 140)],
-}
-
-
-@pytest.fixture(autouse=True)
-def _same_threads_after() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Of tokenizers and references, also of the processes that are started here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags of a small job: two sources to train on, the target is one of them."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = random.Random(0)
-
-    def document(source: str) -> str:
-        return json.dumps({"text": " ".join(rng.choices(WORDS[source], k=120)), "source": source}) + "\n"
-
-    (folder / "train.jsonl").write_text("".join(document(s) for _ in range(30) for s in WORDS))
-    (folder / "val.jsonl").write_text("".join(document("prose") for _ in range(6)))
-    (folder / "test.jsonl").write_text("".join(document("prose") for _ in range(6)))
-    files = {"--data": "train.jsonl", "--val": "val.jsonl", "--test": "test.jsonl"}
-    flags = [item for flag, name in files.items() for item in (flag, str(folder / name))]
-    small = f"--vocab-size 300 --seq-len 16 --batch-size {BATCH} --steps {STEPS} --meta-batch 4 --val-batch 4"
-    select = f"--candidates {CANDIDATES} --probes 2 --meta-first 0"
-    rest = "--warmup-steps 2 --eval-every 6 --checkpoint-every 7 --threads 1"
-    return [*flags, *small.split(), *select.split(), *rest.split()]
-
-
-@pytest.fixture(scope="session")
-def finished(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished, uninterrupted job: selection and weighting at once, compared with the plainer ways."""
-    out = tmp_path_factory.mktemp("finished") / "out"
-    compare = ["--compare", "uniform", "dsir", "weight", "weight-scratch"]
-    assert main([*data, "--mode", "both", *compare, "--out", str(out)]) == 0
-    return out
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-def _final(out: Path, label: str) -> dict[str, torch.Tensor]:
-    return load_file(out / label / "checkpoints" / f"checkpoint-{STEPS:08d}.safetensors")
-
-
-def _selected(out: Path, label: str) -> list[Record]:
-    return read_records(out / label / "selection.record", BATCH, CANDIDATES * BATCH)
-
-
-def _weighed(out: Path, label: str) -> list[Record]:
-    return read_records(out / label / "weights.record", BATCH, BATCH)
-
-
-def _assert_same_run(a: Path, b: Path, label: str = "both") -> None:
-    """Parameters, optimiser, samples, weights and metrics of two runs are the same, bit by bit; only times differ."""
-    first, second = _final(a, label), _final(b, label)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-    for records in (_selected, _weighed):
-        for x, y in zip(*(records(out, label) for out in (a, b)), strict=True):
-            x, y = vars(x).copy(), vars(y).copy()
-            for name in ("weights", "kept"):
-                np.testing.assert_array_equal(x.pop(name), y.pop(name))
-            assert x == y
-    lines = [[{**line, "seconds": 0} for line in read_metrics(out / label / "metrics.jsonl")] for out in (a, b)]
-    assert lines[0] == lines[1]
-
-
-def _weighter(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "weighter-export" / "model.safetensors")
+pytestmark = pytest.mark.usefixtures("same_threads_after")
 
 
 # ---- What a job leaves ----------------------------------------------------------------------------------------------
 
 
 def test_the_summary_has_all_runs(finished):
-    summary = _read(finished / "summary.json")
+    summary = read(finished / "summary.json")
     runs = {"both": summary, **summary["compare"]}
     assert {label: (run["label"], run["method"], run["mode"]) for label, run in runs.items()} == {
         "both": ("both", "dwm", "both"),
@@ -142,7 +66,7 @@ def test_the_summary_has_all_runs(finished):
 
 
 def test_each_run_has_a_weighter_of_its_own(finished):
-    summary = _read(finished / "summary.json")
+    summary = read(finished / "summary.json")
     runs = {"both": summary, **summary["compare"]}
     names = {label: run["weighter"]["name"] for label, run in runs.items() if run["weighter"]}
     assert names == {"both": "default", "weight": "default-weight", "weight-scratch": "default-weight-scratch"}
@@ -156,7 +80,7 @@ def test_each_run_has_a_weighter_of_its_own(finished):
 
 
 def test_the_summary_counts_compute_and_names_the_reference(finished):
-    summary = _read(finished / "summary.json")
+    summary = read(finished / "summary.json")
     uniform, compute = summary["compare"]["uniform"]["compute"], summary["compute"]
     assert uniform["relative"] == 1
     assert compute["training_flops"] == uniform["training_flops"]
@@ -175,14 +99,14 @@ def test_metrics_have_one_line_a_step_and_weights_of_mean_1(finished):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "test_loss" in line] == [6, 12, 18, 24]
     assert all(a["seconds"] < b["seconds"] for a, b in pairwise(lines))
-    for record, line in zip(_weighed(finished, "weight-scratch"), lines, strict=True):
+    for record, line in zip(weighed(finished, "weight-scratch"), lines, strict=True):
         assert record.weights.mean() == pytest.approx(1, abs=1e-5)
         assert line["effective_sample_size"] == pytest.approx(BATCH**2 / (record.weights**2).sum(), rel=1e-4)
 
 
 def test_metrics_of_selection_say_what_was_kept_and_how_stale_its_scores_were(finished):
     lines = read_metrics(finished / "both" / "metrics.jsonl")
-    records = _selected(finished, "both")
+    records = selected(finished, "both")
     for line, record in zip(lines, records, strict=True):
         assert sorted(set(record.kept)) == sorted(record.kept)  # without repeats
         assert record.kept.max() < CANDIDATES * BATCH
@@ -224,88 +148,6 @@ def test_the_table_names_results_and_files(data, tmp_path, capsys):
     assert not (tmp_path / "out" / "reference").exists()  # nobody needed one
 
 
-# ---- Resuming -------------------------------------------------------------------------------------------------------
-
-
-def _start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "trainer_client.run", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _when(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Returns once the condition holds; fails where the process ends before."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, f"ended early: {process.communicate()}"
-        assert time.monotonic() < end, "the condition was not met in time"
-        time.sleep(0.002)
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def test_a_killed_run_resumes_bit_by_bit(data, finished, tmp_path):
-    out = tmp_path / "out"
-    process = _start([*data, "--mode", "both", "--out", str(out)])
-    _when(lambda: _lines(out / "both" / "metrics.jsonl") >= 11, process)  # some steps behind a checkpoint
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (out / "summary.json").exists()
-    assert main(["--resume", "--out", str(out)]) == 0
-    _assert_same_run(out, finished)
-    weighter = _read(out / "summary.json")["weighter"]
-    assert weighter["applied_updates"] == weighter["inner"]["applied_updates"] == STEPS // 4
-    assert all(torch.equal(tensor, _weighter(finished)[name]) for name, tensor in _weighter(out).items())
-
-
-def test_the_records_alone_make_a_resume_exact(finished, tmp_path):
-    out = _without_checkpoints(finished, tmp_path)
-    assert main(["--resume", "--out", str(out)]) == 0
-    _assert_same_run(out, finished)
-    client = _read(out / "summary.json")["weighter"]["client"]
-    assert client["selected"] == client["updates_sent"] == 0  # nothing was scored, and all was taught before
-
-
-def test_updates_that_got_lost_are_taught_again_from_the_records(finished, tmp_path):
-    out = _without_checkpoints(finished, tmp_path)
-    shutil.rmtree(out / "weighters")  # the service has lost everything
-    assert main(["--resume", "--out", str(out)]) == 0
-    _assert_same_run(out, finished)
-    assert _read(out / "summary.json")["weighter"]["applied_updates"] == STEPS // 4
-    assert all(torch.equal(tensor, _weighter(finished)[name]) for name, tensor in _weighter(out).items())
-
-
-def _without_checkpoints(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a finished job that has its main run's records, and has to go through all of it again."""
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    shutil.rmtree(out / "both" / "checkpoints")
-    (out / "both" / "summary.json").unlink()
-    return out
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(data, finished, tmp_path):
-    out = tmp_path / "out"
-    process = _start([*data, "--mode", "both", "--out", str(out)])
-    _when(lambda: _lines(out / "both" / "metrics.jsonl") >= 4, process)
-    process.send_signal(signal.SIGINT)
-    shown, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "")
-    assert f"--resume --out {out}" in shown
-    done = _lines(out / "both" / "metrics.jsonl")
-    assert (out / "both" / "checkpoints" / f"checkpoint-{done:08d}.safetensors").exists()
-    assert main(["--resume", "--out", str(out)]) == 0
-    _assert_same_run(out, finished)
-
-
-def test_resuming_a_finished_job_changes_nothing(finished):
-    before = _read(finished / "summary.json")
-    assert main(["--resume", "--out", str(finished)]) == 0
-    assert _read(finished / "summary.json") == before
-
-
 # ---- Schedules and failures -----------------------------------------------------------------------------------------
 
 
@@ -321,7 +163,7 @@ def test_a_degenerate_cotangent_is_counted_and_never_stops_training(data, tmp_pa
     (tmp_path / "same.jsonl").write_text(json.dumps({"text": " a" * 4000}) + "\n")  # all samples are equal
     out = tmp_path / "out"
     assert main([*data, "--data", str(tmp_path / "same.jsonl"), "--mode", "weight", "--out", str(out)]) == 0
-    summary = _read(out / "summary.json")
+    summary = read(out / "summary.json")
     assert (summary["meta_updates"], summary["meta_updates_skipped"]) == (0, STEPS // 4)
     assert caplog.text.count("no meta-update") == 1
 
@@ -329,7 +171,7 @@ def test_a_degenerate_cotangent_is_counted_and_never_stops_training(data, tmp_pa
 def test_a_frozen_job_earns_its_trust_and_teaches_nothing(data, finished, tmp_path):
     out = tmp_path / "out"
     assert main([*data, "--role", "frozen", "--out", str(out)]) == 0
-    summary = _read(out / "summary.json")
+    summary = read(out / "summary.json")
     assert summary["role"] == "frozen"
     assert summary["weighter"]["client"]["updates_acknowledged"] == STEPS // 4
     untaught = tmp_path / "untaught"
@@ -337,8 +179,8 @@ def test_a_frozen_job_earns_its_trust_and_teaches_nothing(data, finished, tmp_pa
         client.create_weighter("fresh", initial="pretaught")
         client.export_weighter("fresh", untaught)
     pretaught = load_file(untaught / "model.safetensors")
-    assert all(torch.equal(tensor, pretaught[name]) for name, tensor in _weighter(out).items())
-    assert not all(torch.equal(tensor, pretaught[name]) for name, tensor in _weighter(finished).items())
+    assert all(torch.equal(tensor, pretaught[name]) for name, tensor in exported_weighter(out).items())
+    assert not all(torch.equal(tensor, pretaught[name]) for name, tensor in exported_weighter(finished).items())
 
 
 def test_without_a_service_every_batch_is_the_first_of_its_candidates(data, tmp_path):
@@ -346,12 +188,12 @@ def test_without_a_service_every_batch_is_the_first_of_its_candidates(data, tmp_
         taken.bind(("127.0.0.1", 0))
         out, url = tmp_path / "out", f"grpc://127.0.0.1:{taken.getsockname()[1]}"
         assert main([*data, "--weighter", url, "--out", str(out)]) == 0
-    summary = _read(out / "summary.json")
+    summary = read(out / "summary.json")
     assert summary["fallback_steps"] == STEPS
     assert summary["weighter"]["version"] is None
     assert summary["weighter"]["client"]["unselected"] == STEPS
     assert summary["compute"]["scoring_flops"] == 0
-    assert all(record.kept.tolist() == list(range(BATCH)) for record in _selected(out, "select"))
+    assert all(record.kept.tolist() == list(range(BATCH)) for record in selected(out, "select"))
     assert {line["selected"] for line in read_metrics(out / "select" / "metrics.jsonl")} == {0}
 
 
@@ -360,12 +202,12 @@ def test_without_a_service_weights_are_uniform(data, tmp_path, finished):
         taken.bind(("127.0.0.1", 0))
         out, url = tmp_path / "out", f"grpc://127.0.0.1:{taken.getsockname()[1]}"
         assert main([*data, "--mode", "weight", "--weighter", url, "--out", str(out)]) == 0
-    summary = _read(out / "summary.json")
+    summary = read(out / "summary.json")
     assert summary["fallback_steps"] == STEPS
     client = summary["weighter"]["client"]
     assert client["updates_sent"] == client["updates_dropped"] == STEPS // 4
-    for name, tensor in _final(finished, "uniform").items():
-        assert torch.equal(_final(out, "weight")[name], tensor), name
+    for name, tensor in final(finished, "uniform").items():
+        assert torch.equal(final(out, "weight")[name], tensor), name
 
 
 # ---- References and profiles ----------------------------------------------------------------------------------------
@@ -377,7 +219,7 @@ def test_a_reference_that_the_service_has_brings_its_tokenizer(data, finished, t
     with connect(url) as client:
         client.put_reference("pool", files)
     assert main([*data, "--steps", "4", "--weighter", url, "--reference", "pool", "--out", str(out)]) == 0
-    summary = _read(out / "summary.json")
+    summary = read(out / "summary.json")
     assert (summary["reference"]["name"], summary["fallback_steps"]) == ("pool", 0)
     assert summary["reference"]["checksum"] == check_reference(files, "here").checksum
     assert (out / "tokenizer.json").read_bytes() == files["tokenizer.json"]
@@ -387,7 +229,7 @@ def test_the_packaged_reference_needs_no_training(data, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "out"
     assert main([*data, "--steps", "4", "--reference", "pretaught", "--out", str(out)]) == 0
-    assert _read(out / "summary.json")["reference"]["name"] == "pretaught"
+    assert read(out / "summary.json")["reference"]["name"] == "pretaught"
     assert not (tmp_path / "cache").exists()
 
 
@@ -397,7 +239,7 @@ def test_a_profile_that_was_made_with_the_tool_is_taken(data, finished, tmp_path
     making = ["--reference", str(finished / "reference"), "--documents", val, "--out", str(profile)]
     assert make_profile_file(making) == 0
     assert main([*data, "--steps", "4", "--profile", str(profile), "--out", str(tmp_path / "out")]) == 0
-    assert _read(tmp_path / "out" / "summary.json")["fallback_steps"] == 0
+    assert read(tmp_path / "out" / "summary.json")["fallback_steps"] == 0
 
 
 def _breaks(name: str, finished: Path, data: list[str]) -> list[str]:
@@ -461,7 +303,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(data, finished, tmp_path, cap
     """And they change nothing: no new folder, and an old run stays, whatever --overwrite says."""
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").touch()
-    before = _contents(finished)
+    before = contents(finished)
     for where in (["--out", "out"], ["--out", str(finished), "--overwrite"]):
         assert main([*data, *where, *flags.split()]) == 2
         errors = capsys.readouterr().err
@@ -469,11 +311,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(data, finished, tmp_path, cap
         assert errors.count("\n") == 1
         assert "Traceback" not in errors
     assert not Path("out").exists()
-    assert _contents(finished) == before
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    assert contents(finished) == before
 
 
 def test_a_folder_with_a_run_is_refused(data, finished, capsys):
@@ -495,13 +333,13 @@ def test_overwrite_replaces_a_run_by_one_on_its_own_tokenizer(data, tmp_path):
     short = ["--steps", "4", "--method", "uniform", "--out", str(out)]
     assert main([*data, *short]) == 0
     assert main([*data, *short, "--overwrite", "--seed", "5", "--tokenizer", str(out / "tokenizer.json")]) == 0
-    assert _read(out / "summary.json")["seed"] == 5
+    assert read(out / "summary.json")["seed"] == 5
 
 
 def test_a_run_under_way_keeps_others_out_of_its_folder(data, tmp_path, capsys):
     out = tmp_path / "out"
-    process = _start([*data, "--steps", "5000", "--out", str(out)])
-    _when(lambda: _lines(out / "select" / "metrics.jsonl") >= 1, process)
+    process = start([*data, "--steps", "5000", "--out", str(out)])
+    when(lambda: count_lines(out / "select" / "metrics.jsonl") >= 1, process)
     assert main([*data, "--out", str(out), "--overwrite"]) == 2
     assert f"is in use by another run (process {process.pid})" in capsys.readouterr().err
     process.kill()

@@ -95,3 +95,20 @@ def test_another_model_s_is_refused(tmp_path):
     checkpoint.save(tmp_path, 1, *_pair(), {})
     with pytest.raises(InvalidArgument, match="another model"):
         checkpoint.load_newest(tmp_path, *_pair(width=4))
+
+
+def test_another_job_s_is_refused(tmp_path):
+    checkpoint.save(tmp_path, 1, *_pair(), {"job_id": "mine"})
+    assert checkpoint.load_newest(tmp_path, *_pair(), "mine") == {"step": 1, "job_id": "mine"}
+    with pytest.raises(InvalidArgument, match=r"of another job \('mine', expected 'yours'\)"):
+        checkpoint.load_newest(tmp_path, *_pair(), "yours")
+
+
+def test_the_model_alone_can_be_loaded(tmp_path):
+    model, optimizer = _pair()
+    checkpoint.save(tmp_path, 3, model, optimizer, {})
+    other, _ = _pair(seed=1)
+    assert checkpoint.load_model(tmp_path, other) == 3
+    _assert_equal(other, model)
+    with pytest.raises(InvalidArgument, match="there is no checkpoint in"):
+        checkpoint.load_model(tmp_path / "missing", other)

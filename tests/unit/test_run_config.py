@@ -78,7 +78,9 @@ def test_mistakes_name_the_flag(flags, words):
 
 
 def test_labels_name_every_variant_once():
-    assert LABELS == ("uniform", "dsir", "select", "select-scratch", "weight", "weight-scratch", "both", "both-scratch")
+    judged = "random oracle loss rho similarity alignment".split()
+    dwm = "select select-scratch weight weight-scratch both both-scratch".split()
+    assert list(LABELS) == ["uniform", "dsir", *dwm, *judged, "difference", *(f"{name}-weight" for name in judged)]
     for label in LABELS:
         variant = variant_of(label, "w")
         assert label_of(variant.method, variant.mode, variant.weighter_from) == label
@@ -158,6 +160,119 @@ def test_saved_settings_of_another_type_are_refused(tmp_path, name, value, expec
     (tmp_path / "config.json").write_text(json.dumps({"job_id": "j", "config": values}))
     with pytest.raises(InvalidArgument, match=rf"config\.json is damaged: {expected}"):
         parse(["--resume", "--out", str(tmp_path)])
+
+
+# ---- Settings from a file -------------------------------------------------------------------------------------------
+
+
+def _parsed(tmp_path, text, *flags):
+    (tmp_path / "run.yaml").write_text(text)
+    return parse(["--config", str(tmp_path / "run.yaml"), "--out", "o", *flags])
+
+
+def test_a_file_gives_settings_by_the_names_of_the_flags(tmp_path):
+    lists = "data: [a.txt, b.txt]\nval: v.txt\n"
+    numbers = "batch-size: 8\nmeta_batch: 4\nlr: 2e-3\nselect-min-share: 0\n"
+    config = _parsed(tmp_path, lists + numbers + "overwrite: true\nweighter_from: none\n")
+    assert config == RunConfig(
+        data=("a.txt", "b.txt"),
+        val=("v.txt",),
+        batch_size=8,
+        meta_batch=4,
+        lr=2e-3,
+        select_min_share=0.0,
+        overwrite=True,
+        weighter_from="none",
+        out="o",
+    )
+    assert type(config.select_min_share) is float
+
+
+def test_flags_win_over_the_file(tmp_path):
+    config = _parsed(tmp_path, "steps: 50\nseed: 3\n", "--steps", "7")
+    assert (config.steps, config.seed) == (7, 3)
+
+
+def test_json_is_yaml_too(tmp_path):
+    assert _parsed(tmp_path, json.dumps({"steps": 50, "compare": ["uniform"], "lr": 1e-05})).compare == ("uniform",)
+
+
+def test_every_setting_but_the_file_itself_can_be_in_it(tmp_path):
+    values = {**RunConfig(out="o").to_dict(), "resume": False, "overwrite": False, "dry_run": False}
+    config = _parsed(tmp_path, json.dumps(values))
+    assert config == RunConfig(out="o")
+    assert set(values) == {f.name for f in dataclasses.fields(RunConfig)}
+
+
+def test_a_dry_run_is_no_setting_of_the_run():
+    assert "dry_run" not in parse(["--dry-run"]).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch_sise: 8", "batch_sise is not a setting, the nearest is batch_size"),
+        ("learning-rate: 1", "learning-rate is not a setting, the nearest is"),
+        ("config: other.yaml", "config is not a setting"),
+        ("3: 4", "3 is not a setting"),
+        ("steps: 5e1", 'steps is "5e1", expected a whole number'),
+        ("steps: true", "steps is true, expected a whole number"),
+        ("steps:", "steps is null, expected a whole number"),
+        ("lr: fast", 'lr is "fast", expected a number'),
+        ("lr: 2024-01-01", 'lr is "2024-01-01", expected a number'),
+        ("overwrite: 1", "overwrite is 1, expected true or false"),
+        ("weighter_name: 7", "weighter_name is 7, expected a string; put it in quotes"),
+        ("data: {a: b}", 'data is {"a": "b"}, expected a string or a list of strings'),
+        ("data: [a, 3]", 'data is ["a", 3], expected a string or a list of strings'),
+        (f"seed: {'x' * 999}", 'seed is "xxx'),
+        ("steps: 5\nseed: 1\nsteps: 6", "has steps twice, in lines 1 and 3"),
+        ("batch-size: 5\nbatch_size: 6", "has batch_size twice, in lines 1 and 2"),
+        ("- steps", "is not a mapping: expected lines such as"),
+        ("", "is not a mapping"),
+        ("steps: [5", "is not YAML: line "),
+        ("steps: 5\n\tseed: 3", "is not YAML: line 2, column 1: found character"),
+        ("a: 1\n---\nb: 2", "is not YAML: line 2, column 1"),
+        (
+            "steps: !!python/object/apply:os.getcwd []",
+            "is not YAML: line 1, column 8: could not determine a constructor",
+        ),
+        ("steps: \x00", "is not YAML: unacceptable character"),
+        ("[" * 600, "is not"),
+        ("steps: 0", "--steps is 0, expected 1 or more"),
+        ("method: magic", "--method is 'magic', expected one of dwm, uniform, dsir"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_sentence(tmp_path, text, words):
+    with pytest.raises(InvalidArgument) as error:
+        _parsed(tmp_path, text)
+    assert words in error.value.message
+    assert "\n" not in error.value.message
+    assert len(error.value.message) < 400
+
+
+def test_files_that_can_not_be_read_are_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"data: f\xfcr.txt")
+    unread = {
+        "missing.yaml": "can't be read: No such file",
+        "latin.yaml": "not UTF-8 text",
+        "": "can't be read: Is a dir",
+    }
+    for name, words in unread.items():
+        with pytest.raises(InvalidArgument, match=words) as error:
+            parse(["--config", str(tmp_path / name)])
+        assert str(tmp_path / name) in error.value.message
+
+
+def test_a_file_goes_with_resume_as_flags_do(tmp_path):
+    _save(tmp_path, RunConfig(steps=50, out=str(tmp_path)))
+    (tmp_path / "run.yaml").write_text("steps: 50\ncheckpoint_every: 9\n")
+    given = ["--config", str(tmp_path / "run.yaml"), "--resume", "--out", str(tmp_path)]
+    assert parse(given).checkpoint_every == 9
+    with pytest.raises(InvalidArgument, match=r"--seed is 4, but the run .* was started with 0"):
+        parse([*given, "--seed", "4"])
+
+
+# ---- Saved settings -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 3}', '{"config": ["a"]}', '{"config": null}'])

@@ -19,7 +19,7 @@ class Compute:
 
         training  = 6 N_trainer x steps x B x T
         teaching  = meta-updates x (2 N_trainer x n x T, more for other ways to the cotangent + 6 N_trainer x v x T)
-        scoring   = 2 N_reference x candidates that were scored x T
+        scoring   = 2 N_reference x candidates that were scored x T; what a method's judge takes (run/methods)
         relative  = (training + teaching + scoring) / training: to a uniform run of as many steps
 
     with T tokens a sample, n samples of a meta-update and v validation samples. Attention's share is left out, and so

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import secrets
 import time
 import typing
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer_client.cadence import Cadence
+from trainer_client.run.config_file import read_settings
+from trainer_client.run.methods.names import JUDGED
 from trainer_client.run.variants import BEGINNINGS, LABELS, METHODS, MODES, ROLES, Variant, label_of, variant_of
 from trainer_client.transports import check_url
 from weighting_contract.errors import InvalidArgument
@@ -24,6 +27,8 @@ from weighting_contract.spec import check_name
 
 HYPERGRADIENTS = ("finite_difference", "jvp", "exact")
 SCHEDULES = ("online", "staged")
+PARALLEL = ("auto", "ddp", "fsdp2")
+PRECISIONS = ("float32", "bf16")
 LR_SCHEDULES = ("constant", "cosine")  # constant: the loss at a step does not depend on how many are to come
 
 
@@ -50,7 +55,12 @@ class RunConfig:
     tokenizer: str = _flag("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the data)")
     vocab_size: int = _flag(1024, "entries of a tokenizer that is trained here", least=1)
 
-    method: str = _flag("dwm", "dwm: a learned weighter; uniform: none; dsir: fixed n-gram likeness", METHODS)
+    method: str = _flag(
+        "dwm",
+        "dwm: a learned weighter; uniform: none; dsir: fixed n-gram likeness; "
+        + "; ".join(f"{name}: {judged.about}" for name, judged in JUDGED.items()),
+        METHODS,
+    )
     mode: str = _flag("select", "choose the batch from candidates, weight the samples inside it, or both", MODES)
     compare: tuple[str, ...] = _flag(
         (), f"also run these from the same seed and data order: {', '.join(LABELS)}", LABELS
@@ -62,6 +72,14 @@ class RunConfig:
     warmup_steps: int = _flag(20, "steps of linear warm-up of the learning rate", least=0)
     lr_schedule: str = _flag("constant", "after the warm-up: constant, or a cosine to a tenth", LR_SCHEDULES)
     seed: int = _flag(0, "of parameters, data order and validation draws", least=0, most=2**32 - 1)
+
+    parallel: str = _flag(
+        "auto", "over the ranks of torchrun: ddp, fsdp2, or auto (ddp where there are several ranks)", PARALLEL
+    )
+    accumulate: int = _flag(1, "micro-batches that a rank takes its part of a batch in", least=1)
+    precision: str = _flag("float32", "of forward passes; bf16: by autocast, parameters stay float32", PRECISIONS)
+    compile: bool = _flag(False, "compile the model's blocks with torch.compile")
+    recompute: bool = _flag(False, "recompute the activations of the model's blocks in the backward pass")
 
     weighter: str = _flag("embedded", "embedded, embedded:///STATE, grpc(s)://HOST:PORT or http(s)://HOST:PORT")
     token_file: str = _flag("", "file of the service's token (default: the token in WEIGHBRIDGE_TOKEN, or none)")
@@ -80,7 +98,18 @@ class RunConfig:
         "auto", "selection: auto (trained on the data, cached), a reference's folder, or its name at the service"
     )
     profile: str = _flag("", "selection: file of a target profile (default: made of the validation documents)")
+    judge_temperature: float = _flag(
+        0.5, "methods other than dwm: divides their standardised logits; 0: the highest ones take all", least=0
+    )
+    oracle_source: tuple[str, ...] = _flag(
+        (), "oracle: the target's sources (default: those of the validation documents, or the nearest by n-grams)"
+    )
     on_failure: str = _flag("uniform", "without an answer: uniform weights, or stop", ("uniform", "raise"))
+    on_older_service: str = _flag(
+        "resend",
+        "a service restored from before this run's last updates: send them again, go on without, or stop teaching",
+        ("resend", "continue", "stop"),
+    )
     hypergradient: str = _flag("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
     meta_every: int = _flag(4, "steps between meta-updates", least=1)
     meta_first: int = _flag(48, "selection: first steps, which have a meta-update each", least=0)
@@ -96,6 +125,15 @@ class RunConfig:
     checkpoint_every: int = _flag(100, "steps between checkpoints", least=1)
     eval_every: int = _flag(25, "steps between evaluations", least=1)
     eval_samples: int = _flag(128, "samples of a split that an evaluation takes; the last one takes all", least=1)
+    replay_weights: str = _flag(
+        "",
+        "train with the samples and weights that the run in this folder had, without a service; its settings are "
+        "used where no flag is given",
+    )
+    wandb: str = _flag("", "project of Weights & Biases that metrics go to, too")
+    eval_tasks: tuple[str, ...] = _flag((), "tasks of lm-evaluation-harness that the trained models are evaluated on")
+    eval_include: tuple[str, ...] = _flag((), "folders with task files (.yaml) for --eval-tasks")
+    dry_run: bool = _flag(False, "say what would happen, and train nothing")
     device: str = _flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")
     threads: int = _flag(1, "CPU threads of torch, 1 is fastest for the small presets; 0: torch's own choice", least=0)
 
@@ -118,6 +156,8 @@ class RunConfig:
             raise InvalidArgument(f"--stages is {self.stages}, expected at most --steps ({self.steps})")
         if self.resume and self.overwrite:
             raise InvalidArgument("--resume and --overwrite exclude each other: continue the run, or replace it")
+        if self.eval_include and not self.eval_tasks:
+            raise InvalidArgument("--eval-include without --eval-tasks: name the tasks of those files to evaluate")
         if not self.out:
             raise InvalidArgument("--out is empty, expected a folder for what the run writes")
         if self.data != ("builtin",) and not self.val:
@@ -148,6 +188,7 @@ class RunConfig:
                 "fresh, and would stay uniform"
             )
         self._check_selection(any(v.selects for v in learned))
+        self._check_judged()
 
     def _check_selection(self, selects: bool) -> None:
         if not 0 <= self.select_min_share <= 1:
@@ -158,6 +199,15 @@ class RunConfig:
             raise InvalidArgument("--reference is empty, expected auto, a folder, or a name at the service")
         if self.profile and not selects:
             raise InvalidArgument("--profile is for runs that select, and none of this job's does: leave it out")
+
+    def _check_judged(self) -> None:
+        if self.main.judged and (self.mode == "both" or not (JUDGED[self.method].weighs or self.mode == "select")):
+            can = "--mode select or weight" if JUDGED[self.method].weighs else "--mode select"
+            raise InvalidArgument(f"--mode is {self.mode}, but --method {self.method} goes with {can} only")
+        if not math.isfinite(self.judge_temperature):
+            raise InvalidArgument(f"--judge-temperature is {self.judge_temperature}, expected a finite number")
+        if self.oracle_source and not any(v.method == "oracle" for v in self.variants):
+            raise InvalidArgument("--oracle-source is for the method oracle, which none of this job's runs is of")
 
     def _check_weighter(self) -> None:
         try:
@@ -170,8 +220,8 @@ class RunConfig:
                 check_name(variant.inner_weighter, f"--weighter-name, with what the run {variant.label!r} adds,")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, without what only concerns the start (resume, overwrite)."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("resume", "overwrite")}
+        """Plain JSON values, without what only concerns the start (resume, overwrite, dry run)."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_THE_START}
 
     @property
     def credentials(self) -> dict[str, Any]:
@@ -202,7 +252,16 @@ class RunConfig:
 
 # May differ between the two halves of a resumed run. Device and threads may not: sums would round differently.
 _CREDENTIALS = ("token_file", "ca", "cert", "key", "insecure_token")
-_FREE_ON_RESUME = ("out", "resume", "overwrite", "checkpoint_every", "weighter", "on_failure", *_CREDENTIALS)
+_OF_THE_START = ("resume", "overwrite", "dry_run")
+_ADDED = ("wandb", "eval_tasks", "eval_include")  # to a run, without a say in it
+_FREE_ON_RESUME = (
+    *("out", "checkpoint_every", "weighter", "on_failure", "on_older_service"),
+    *("parallel", "accumulate", "compile", "recompute"),  # sums round differently: equal to 1e-5, not to the bit
+    *(*_CREDENTIALS, *_OF_THE_START, *_ADDED),
+)
+# A replay is another job: it has its own folder and company. What its records depend on is as it was.
+_OWN_OF_REPLAY = ("out", "replay_weights", "compare", *_ADDED)
+_FIXED_BY_RECORDS = ("seed", "batch_size", "seq_len", "candidates")
 
 
 def flag(name: str) -> str:
@@ -213,13 +272,19 @@ def flag(name: str) -> str:
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     """The checked config of a command line (None: the process's own).
 
-    Without --out the run gets a new folder. With --resume the settings of the run in --out stand in for flags that are
-    not given. Raises InvalidArgument where a flag contradicts them; argparse's own errors exit with code 2.
+    Flags win over the file of --config. Without --out the run gets a new folder. With --resume the settings of the run
+    in --out, with --replay-weights those of the run there, stand in for what is not given. Raises InvalidArgument where
+    that contradicts them; argparse's own errors exit with code 2.
     """
     given = vars(_parser().parse_args(arguments))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    file = given.pop("config", None)
+    if file is not None:
+        given = {**read_settings(Path(file), typing.get_type_hints(RunConfig)), **given}
     if given.get("resume"):
         given = _over_saved(given)
+    elif given.get("replay_weights"):
+        given = _over_replayed(given)
     given.setdefault("out", _new_folder())
     return RunConfig(**given).check()
 
@@ -235,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretrain a small causal language model with learned data weights, and teach the weighter.",
         argument_default=argparse.SUPPRESS,  # so that a flag that is given can be told from a default
     )
+    parser.add_argument("--config", help="file of settings, YAML or JSON, by the names of these flags; flags win")
     hints = typing.get_type_hints(RunConfig)
     for f in dataclasses.fields(RunConfig):
         text, hint = f.metadata["help"].replace("%", "%%"), hints[f.name]
@@ -267,6 +333,23 @@ def _over_saved(given: dict[str, Any]) -> dict[str, Any]:
                 "leave the flag out to continue it, or start a new run in another --out"
             )
     return {**saved, **given}
+
+
+def _over_replayed(given: dict[str, Any]) -> dict[str, Any]:
+    """`given` settings over those of the run whose records are replayed."""
+    root = Path(given["replay_weights"])
+    if not (root / "config.json").is_file():
+        raise InvalidArgument(f"--replay-weights: {root} holds no run to replay (config.json is missing)")
+    if given.get("out") and Path(given["out"]).resolve() == root.resolve():
+        raise InvalidArgument(f"--out is {root}, whose records --replay-weights replays: name another folder")
+    saved = load(root / "config.json").to_dict()
+    for name in _FIXED_BY_RECORDS:
+        if given.get(name, saved[name]) != saved[name]:
+            raise InvalidArgument(
+                f"{flag(name)} is {given[name]}, but the records of the run in {root} are of {saved[name]}: leave the "
+                "flag out, or replay another run"
+            )
+    return {**{name: value for name, value in saved.items() if name not in _OWN_OF_REPLAY}, **given}
 
 
 def _shown(value: Any) -> str:

@@ -24,9 +24,22 @@ def set_up_torch(config: RunConfig) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InvalidArgument(f"--device is {config.device!r}, expected cpu, cuda, cuda:N or auto")
     if device.type == "cuda":
+        device = _of_this_rank(config, device)
         found = torch.cuda.device_count()
         if (device.index or 0) >= found:
             raise InvalidArgument(f"--device is {config.device!r}, but torch sees {found} CUDA devices")
+        torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products differ from run to run
         torch.use_deterministic_algorithms(True, warn_only=True)
     return device
+
+
+def _of_this_rank(config: RunConfig, device: torch.device) -> torch.device:
+    """Each rank of torchrun on a machine has a device of its own."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return torch.device("cuda", device.index or 0)
+    if device.index is not None:
+        raise InvalidArgument(
+            f"--device is {config.device!r}, but each rank needs a device of its own: say cuda or auto"
+        )
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -3,6 +3,9 @@
 Everything that happens in a step derives from (seed, step) and the step's records of samples and weights; there is no
 other randomness, and dropout is off: a cotangent compares two evaluations of one function. Knows the chooser, the
 weigher and the teacher by what they do, not what stands behind them.
+
+Of several ranks the first one alone asks chooser and weigher and writes files; rank r of R takes the r-th of R parts of
+the very batch that one process would have, and micro-batches are parts of these.
 """
 
 from __future__ import annotations
@@ -10,24 +13,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from trainer_client.hypergradient.shards import is_sharded
 from trainer_client.loss import per_sample_loss, weighted_loss
+from trainer_client.ranks import Ranks, share
 from trainer_client.run import checkpoint
-from trainer_client.run.choose import Chooser
+from trainer_client.run.choose import Choice, Chooser
 from trainer_client.run.config import RunConfig
 from trainer_client.run.evaluate import fixed_subset, mean_loss
-from trainer_client.run.forward import token_losses
-from trainer_client.run.metrics import Metrics
+from trainer_client.run.metrics import Metrics, Sink
+from trainer_client.run.parallel import Replica, autocast
 from trainer_client.run.progress import JobProgress
 from trainer_client.run.task import Task
 from trainer_client.run.teach import Teacher
-from trainer_client.run.weigh import Weigher
+from trainer_client.run.weigh import Weigher, Weights
+from weighting_contract.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,11 +96,16 @@ def optimise(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rate: flo
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    return float(norm)
+    return float(norm.full_tensor() if is_sharded(norm) else norm)  # type: ignore[attr-defined]
+
+
+def _write(metrics: Metrics | None, line: dict[str, Any]) -> None:
+    assert metrics is not None  # on the first rank
+    metrics.write(line)
 
 
 class Loop:
-    """One run from its newest checkpoint (or the beginning) to the last step."""
+    """One run from its newest checkpoint (or the beginning) to the last step; collective."""
 
     def __init__(
         self,
@@ -103,38 +116,47 @@ class Loop:
         weigher: Weigher,
         teacher: Teacher | None,
         folder: Path,
+        *,
+        job_id: str = "",
+        sink: Sink | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
             model: fresh, on its device; the newest checkpoint in `folder`, if there is one, is loaded into it.
+            chooser, weigher: those of all ranks but the first are never asked.
             teacher: None for a run without a weighter.
             folder: of this run's files; its name is the run's.
+            job_id: of the run; a checkpoint of another job is refused. "": whatever there is.
+            sink: gets the metrics of each step, too.
+            ranks: that train the model together; None: this process alone.
         """
         self.config, self.task, self.model = config, task, model.eval()
         self.chooser, self.weigher, self.teacher, self.folder = chooser, weigher, teacher, folder
+        self.ranks = ranks = ranks or Ranks.alone()
         self.device = next(model.parameters()).device
+        self._replica = Replica(config, self.model, ranks)
+        self._reads_losses: bool = ranks.from_first(lambda: weigher.reads_losses)
         self.optimizer = build_optimizer(model, config)
         self.totals = Totals()
+        self._job_id, self._sink = job_id, sink
         self.step = 0  # optimiser steps done
-        state = checkpoint.load_newest(folder / "checkpoints", model, self.optimizer)
+        state = checkpoint.load_newest(folder / "checkpoints", model, self.optimizer, job_id, ranks)
         if state is not None:
-            self.step, self.totals = state["step"], Totals(**state["totals"])
-            chooser.load_state_dict(state["chooser"])
-            weigher.load_state_dict(state["weigher"])
-            if teacher is not None:
-                teacher.load_state_dict(state["teacher"])
+            self._go_on(state)
 
     def train(self, progress: JobProgress, should_stop: Callable[[], bool]) -> None:
         """Trains up to the last step; metrics, records and checkpoints go to the folder.
 
         Raises:
-            Interrupted: `should_stop()` was true after a step; its checkpoint is written.
+            Interrupted: `should_stop()` was true on some rank after a step; its checkpoint is written.
+            InvalidArgument: a loss is not finite; the last checkpoint stays.
         """
         config = self.config
-        events = self.folder / "tensorboard"
-        with Metrics(self.folder / "metrics.jsonl", events, self.step) as metrics:
-            # What was trained after the checkpoint and is trained again took time, too.
-            self.totals.wall_seconds = max(self.totals.wall_seconds, metrics.last_seconds)
+        with self._metrics() as metrics:
+            if metrics is not None:
+                # What was trained after the checkpoint and is trained again took time, too.
+                self.totals.wall_seconds = max(self.totals.wall_seconds, metrics.last_seconds)
             while self.step < config.steps:
                 with self.totals.timed("wall_seconds"):
                     line = self._next_step()
@@ -142,14 +164,42 @@ class Loop:
                     if last or self.step % config.eval_every == 0:
                         line.update(self._evaluate())
                 line["seconds"] = self.totals.wall_seconds
-                metrics.write(line)
+                self.ranks.from_first(partial(_write, metrics, line))
                 progress.update(line)
-                stopping = not last and should_stop()
+                stopping = not last and self.ranks.any(should_stop())
                 if last or stopping or self.step % config.checkpoint_every == 0:
                     with self.totals.timed("wall_seconds"):
                         self._save()
                 if stopping:
                     raise Interrupted(self.folder.name, self.step)
+
+    def final_losses(self) -> tuple[float, float]:
+        """On all validation and on all test samples."""
+        with self.totals.timed("wall_seconds"):
+            val, test = (self._mean_loss(split.tokens) for split in (self.task.val, self.task.test))
+        return val, test
+
+    def _metrics(self) -> AbstractContextManager[Metrics | None]:
+        opened: list[Metrics] = []
+
+        def open_files() -> None:
+            path, events = self.folder / "metrics.jsonl", self.folder / "tensorboard"
+            opened.append(Metrics(path, events, self.step, self._sink))
+
+        self.ranks.from_first(open_files)
+        return opened[0] if opened else nullcontext()
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """After the step of a checkpoint."""
+        self.step, self.totals = state["step"], Totals(**state["totals"])
+
+        def load() -> None:
+            self.chooser.load_state_dict(state["chooser"])
+            self.weigher.load_state_dict(state["weigher"])
+
+        self.ranks.from_first(load)
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
 
     def _next_step(self) -> dict[str, Any]:
         """Trains one step; its metrics."""
@@ -163,25 +213,30 @@ class Loop:
 
     def _train_step(self) -> dict[str, Any]:
         with self.totals.timed("score_seconds"):
-            choice = self.chooser.choose(self.step)
-        tokens = self.task.tokens(choice.indices, self.device)  # [B, T+1]
-        losses = token_losses(self.model, tokens)  # [B, T]
+            choice = self._choice()
+        mine = self.ranks.my_rows(len(choice.indices))
+        tokens = self.task.tokens(choice.indices[mine], self.device)  # [b, T+1]
+        parts = self.config.accumulate
+        # One forward pass serves weights and gradients, unless there are several micro-batches: then weights that
+        # depend on losses need those of all of them before the first backward pass.
+        first = self._replica.losses(tokens) if parts == 1 else None  # [b, T]
+        known = first.detach() if first is not None else self._losses_ahead(tokens) if self._reads_losses else None
+        samples = None if known is None else self._samples(known)
         with self.totals.timed("score_seconds"):
-            said = self.weigher.weigh(self.step, losses.detach(), tokens)
-        fallback = choice.fallback or said.fallback
-        self.totals.fallback_steps += fallback
-        samples = per_sample_loss(losses)  # [B]
-        loss = weighted_loss(samples, torch.from_numpy(said.values).to(self.device))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+            said = self._weights(choice, known)
+        weights = torch.from_numpy(said.values[mine]).to(self.device)
+        losses = self._backward(tokens, weights, len(choice.indices), first)
+        samples = self._samples(losses) if samples is None else samples
         if self.teacher is not None and self.teacher.teaches_at(self.step):
             with self.totals.timed("meta_seconds"):
                 # Before the optimiser step: the losses of the training forward are those of theta.
-                self.teacher.teach(self.step, tokens, losses.detach(), choice.probes, self._learning_rate())
+                self._teach(choice, losses, samples)
         norm = optimise(self.model, self.optimizer, self._learning_rate())
+        fallback = choice.fallback or said.fallback
+        self.totals.fallback_steps += fallback
         return {
-            "loss": float(samples.detach().mean()),
-            "weighted_loss": float(loss.detach()),
+            "loss": float(samples.mean()),
+            "weighted_loss": float(weighted_loss(samples, torch.from_numpy(said.values))),
             "gradient_norm": norm,
             "learning_rate": self._learning_rate(),
             "effective_sample_size": float(said.values.sum() ** 2 / (said.values**2).sum()),
@@ -191,26 +246,115 @@ class Loop:
             **said.metrics,
         }
 
+    def _choice(self) -> Choice:
+        """The step's samples, as the first rank's chooser has them."""
+        return Choice(**self.ranks.from_first(lambda: vars(self.chooser.choose(self.step))))
+
+    def _weights(self, choice: Choice, losses: torch.Tensor | None) -> Weights:
+        """The weights of the whole batch, as the first rank's weigher has them.
+
+        losses: [b, T] of this rank's rows; None where they are not read.
+        """
+        whole = None if losses is None else self._gathered_if_read(losses)
+
+        def weigh() -> dict[str, Any]:
+            tokens = self.task.tokens(choice.indices, self.device)
+            read = tokens.new_zeros((len(tokens), 0), dtype=torch.float32) if whole is None else whole
+            return vars(self.weigher.weigh(self.step, read, tokens))
+
+        return Weights(**self.ranks.from_first(weigh))
+
+    def _gathered_if_read(self, losses: torch.Tensor) -> torch.Tensor | None:
+        """[B, T] on the first rank, if the weights depend on it."""
+        return self.ranks.gather_rows(losses) if self._reads_losses else None
+
+    def _losses_ahead(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([self._replica.losses(part) for part in self._micro_batches(tokens)])
+
+    def _micro_batches(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        parts = self.config.accumulate
+        return [rows[share(len(rows), parts, part)] for part in range(parts)]
+
+    def _backward(
+        self, tokens: torch.Tensor, weights: torch.Tensor, batch_size: int, first: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Fills the gradients with that of L = (1/B) sum_i w_i l_i over the whole batch; [b, T] token losses, detached.
+
+        Args:
+            weights: [b] of this rank's rows.
+            batch_size: B.
+            first: the losses of the only micro-batch, where they are known.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        found = []
+        micro_batches = self._micro_batches(tokens)
+        for index, (part, its_weights) in enumerate(zip(micro_batches, self._micro_batches(weights), strict=True)):
+            with self._replica.micro_batch(last=index == len(micro_batches) - 1):
+                losses = self._replica.losses(part) if first is None else first
+                # Gradients are averaged over the ranks, those of micro-batches are summed.
+                factor = len(part) * self.ranks.world / batch_size
+                loss = weighted_loss(per_sample_loss(losses), its_weights) * factor
+                loss.backward()  # type: ignore[no-untyped-call]
+            found.append(losses.detach())
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _samples(self, losses: torch.Tensor) -> torch.Tensor:
+        """[B] mean token losses of the whole batch, on the CPU. Raises InvalidArgument where one is not finite."""
+        samples = self.ranks.all_rows(per_sample_loss(losses).cpu())
+        wrong = (~samples.isfinite()).nonzero()
+        if len(wrong):
+            row, ranks = int(wrong[0]), self.ranks
+            where = next(r for r in range(ranks.world) if row < share(len(samples), ranks.world, r).stop)
+            on_rank = f" on rank {where}" if ranks.world > 1 else ""
+            raise ranks.told(
+                InvalidArgument(
+                    f"the loss of sample {row} of step {self.step + 1} is {float(samples[row])}{on_rank}, expected a "
+                    "finite number: the training has diverged; go on from the last checkpoint with --resume, or start "
+                    "again with a lower --lr"
+                )
+            )
+        return samples
+
+    def _teach(self, choice: Choice, losses: torch.Tensor, samples: torch.Tensor) -> None:
+        assert self.teacher is not None
+        count = self.config.meta_batch
+        whole = self.ranks.gather_rows(losses)
+        tokens = self.task.tokens(choice.indices[:count], self.device)
+        first = None if whole is None else whole[:count]
+        base = samples[:count].to(self.device)
+        self.teacher.teach(self.step, tokens, first, base, choice.probes, self._learning_rate())
+
     def _learning_rate(self) -> float:
         return learning_rate(self.config, self.step)
 
     def _evaluate(self) -> dict[str, float]:
         """Validation and test loss on the fixed samples of the curves."""
-        return {
-            f"{name}_loss": mean_loss(
-                self.model, fixed_subset(split.tokens, self.config.eval_samples), self.config.batch_size, self.device
-            )
-            for name, split in (("val", self.task.val), ("test", self.task.test))
-        }
+        splits = (("val", self.task.val), ("test", self.task.test))
+        samples = self.config.eval_samples
+        return {f"{name}_loss": self._mean_loss(fixed_subset(split.tokens, samples)) for name, split in splits}
+
+    def _mean_loss(self, tokens: np.ndarray) -> float:
+        with autocast(self.config, self.device):
+            return mean_loss(self.model, tokens, self.config.batch_size, self.device, self.ranks)
 
     def _save(self) -> None:
         if self.teacher is not None:
             self.teacher.flush(self.step)  # a resumed run can't compute those updates again
+        tensors = checkpoint.whole_tensors(self.model, self.optimizer)
+
+        def write() -> None:
+            checkpoint.write(self.folder / "checkpoints", self.step, tensors, self._state())
+
+        self.ranks.from_first(write)
+
+    def _state(self) -> dict[str, Any]:
         state = {
+            "job_id": self._job_id,
             "totals": asdict(self.totals),
             "chooser": self.chooser.state_dict(),
             "weigher": self.weigher.state_dict(),
         }
         if self.teacher is not None:
             state["teacher"] = self.teacher.state_dict()
-        checkpoint.save(self.folder / "checkpoints", self.step, self.model, self.optimizer, state)
+        return state

@@ -6,39 +6,46 @@ Knows nothing of training. A step that is trained again after a resume does not 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.utils.tensorboard import SummaryWriter
+
+Sink: TypeAlias = Callable[[int, dict[str, float]], None]  # takes a step, from 1, and its scalars
 
 
 class Metrics:
     """Writes the metrics of one run, open from `start_step` on."""
 
-    def __init__(self, path: Path, events: Path, start_step: int) -> None:
+    def __init__(self, path: Path, events: Path, start_step: int, sink: Sink | None = None) -> None:
         """Opens `path` (JSON lines) and a TensorBoard writer in the folder `events`.
 
         Args:
             start_step: steps already done in the checkpoint that the run goes on from; 0: a fresh run.
+            sink: gets every step's scalars once, too.
         """
         written = _cut_to_whole_lines(path)
         self.last_step = int(written[-1]["step"]) if written else 0
         self.last_seconds = float(written[-1]["seconds"]) if written else 0.0
+        self._sink = sink
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
         self._events = SummaryWriter(str(events), purge_step=start_step + 1 if start_step else None)
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes the metrics of `line["step"]`: numbers, None for what was not measured, or one level of names."""
         step = int(line["step"])
-        for name, value in line.items():
-            for tag, number in _scalars(name, value):
-                self._events.add_scalar(tag, number, step)
+        scalars = {tag: number for name, value in line.items() for tag, number in _scalars(name, value)}
+        for tag, number in scalars.items():
+            self._events.add_scalar(tag, number, step)
         if step <= self.last_step:
             return
         self._file.write(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
         self._file.flush()
         self.last_step = step
+        if self._sink is not None:
+            self._sink(step, scalars)
 
     def close(self) -> None:
         self._file.close()

@@ -94,18 +94,8 @@ def trained_reference(
             is trained anew.
         recipe: size and training; None: the defaults.
     """
-    recipe = recipe or ReferenceConfig()
-    settings = replace(
-        recipe,
-        data=config.data,
-        val=config.val,
-        test=config.test,
-        tokenizer=config.tokenizer,
-        vocab_size=config.vocab_size,
-        seq_len=config.seq_len,
-        batch_size=min(recipe.batch_size, len(task.train)),
-    )
-    folder = (cache_dir or default_cache_dir()) / f"reference-{_key(task, settings)[:32]}"
+    settings = _settings(config, task, recipe)
+    folder = _cache_folder(task, settings, cache_dir)
     files = _cached(folder)
     if files is None:
         files = make_reference(
@@ -122,6 +112,32 @@ def trained_reference(
         except (OSError, WeighbridgeError) as exc:
             logger.warning("the reference could not be cached in %s (%s); the next run trains it again", folder, exc)
     return _of_files(files, trained=True)
+
+
+def cached_reference(
+    config: RunConfig, task: Task, *, cache_dir: Path | None = None, recipe: ReferenceConfig | None = None
+) -> RunReference | None:
+    """What `trained_reference` would find in the cache, None where it would train."""
+    files = _cached(_cache_folder(task, _settings(config, task, recipe), cache_dir))
+    return None if files is None else _of_files(files, trained=True)
+
+
+def _settings(config: RunConfig, task: Task, recipe: ReferenceConfig | None) -> ReferenceConfig:
+    recipe = recipe or ReferenceConfig()
+    return replace(
+        recipe,
+        data=config.data,
+        val=config.val,
+        test=config.test,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        seq_len=config.seq_len,
+        batch_size=min(recipe.batch_size, len(task.train)),
+    )
+
+
+def _cache_folder(task: Task, settings: ReferenceConfig, cache_dir: Path | None) -> Path:
+    return (cache_dir or default_cache_dir()) / f"reference-{_key(task, settings)[:32]}"
 
 
 def _of_files(files: dict[str, bytes], trained: bool = False) -> RunReference:

@@ -25,7 +25,7 @@ class RunSummary:
 
     label: str
     method: str
-    mode: str  # of dwm, else empty
+    mode: str  # of dwm and judged methods, else empty
     weighter_from: str  # of dwm, else empty
     role: str  # of dwm, else empty
     candidates: int  # a place in the batch; 1: the batch is taken as drawn
@@ -49,6 +49,9 @@ class RunSummary:
     compute: dict[str, float]  # as of `Compute`
     reference: dict[str, Any] | None = None  # name, checksum, parameters
     weighter: dict[str, Any] | None = None  # name, version (position), applied_updates, url, client (its counters)
+    replayed_from: str | None = None  # folder of the job whose records it was trained with
+    eval_tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, as they were asked for
+    eval_scores: dict[str, dict[str, float]] | None = None  # task -> metric -> value
     test_curve: list[tuple[int, float, float]] = field(default_factory=list)  # step, seconds, loss on fixed samples
 
     def write(self, path: Path) -> None:
@@ -60,6 +63,7 @@ class RunSummary:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             values["test_curve"] = [(int(step), float(s), float(loss)) for step, s, loss in values["test_curve"]]
+            values["eval_tasks"] = tuple(values.get("eval_tasks", ()))
             return cls(**values)
         except (ValueError, KeyError, TypeError) as exc:
             raise InvalidArgument(f"{path} is not the summary of a run: {exc}") from exc

@@ -32,7 +32,7 @@ SELECT_SPEC = WeighterSpec(  # reads a reference's statistics; candidates may be
 )
 WEIGHT_SPEC = WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES))  # reads the trainer's
 
-_PASSING = (Unavailable, DeadlineExceeded, ResourceExhausted)  # may be over soon; all else is a mistake in the settings
+PASSING = (Unavailable, DeadlineExceeded, ResourceExhausted)  # may be over soon; all else is a mistake in the settings
 _FINISH_S = 10.0  # at most, for what is outstanding at the end
 _POLL_S = 0.05
 
@@ -46,13 +46,11 @@ def check_service(config: RunConfig, reference: RunReference | None) -> None:
     with connect(config.weighter, **config.credentials) as client:
         try:
             for variant in config.variants:
-                if variant.learned:
-                    client.create_weighter(variant.weighter, **_start(variant))
-                if variant.mode == "both":
-                    client.create_weighter(variant.inner_weighter, WEIGHT_SPEC)
+                for name, start in weighter_names(variant):
+                    client.create_weighter(name, **start)
             if reference and reference.files:
                 client.put_reference(reference.name, reference.files)
-        except _PASSING:
+        except PASSING:
             if config.on_failure == "raise":
                 raise
 
@@ -75,10 +73,12 @@ class WeighterSession:
     ) -> None:
         """Raises WeighbridgeError where a job is refused; a service that is away only costs the weighter's word."""
         self._config, self._variant = config, variant
+        older: Any = config.on_older_service
         self._client: Client = connect(
             _url(config, workspace),
             **config.credentials,
             on_failure="raise" if config.on_failure == "raise" else "uniform",
+            on_older_service=older,
         )
         self.selecting: Job | None = None
         self.weighing: Job | None = None
@@ -112,7 +112,7 @@ class WeighterSession:
         return self._open(
             job_id,
             self._variant.weighter,
-            **_start(self._variant),
+            **start_of(self._variant),
             reference=reference.name,
             reference_checksum=reference.checksum,
             reference_files=reference.files,
@@ -124,12 +124,12 @@ class WeighterSession:
         if self._variant.selects:
             return self._open(f"{job_id}-inner", self._variant.inner_weighter, spec=WEIGHT_SPEC)
         names = COLUMNS if self._variant.pretaught else FEATURE_NAMES
-        return self._open(job_id, self._variant.weighter, **_start(self._variant), feature_names=names)
+        return self._open(job_id, self._variant.weighter, **start_of(self._variant), feature_names=names)
 
     def _open(self, job_id: str, weighter: str, **arguments: Any) -> Job:
         role: Any = self._variant.role
         job = self._client.open_job(job_id, weighter=weighter, role=role, **arguments)
-        if job.failure is not None and not isinstance(job.failure, _PASSING):
+        if job.failure is not None and not isinstance(job.failure, PASSING):
             raise job.failure
         return job
 
@@ -153,7 +153,13 @@ class WeighterSession:
         return about
 
 
-def _start(variant: Variant) -> dict[str, Any]:
+def weighter_names(variant: Variant) -> list[tuple[str, dict[str, Any]]]:
+    """The weighters of a run, each with what makes it where it is missing; none for a run without any."""
+    named = [(variant.weighter, start_of(variant))] * variant.learned
+    return named + [(variant.inner_weighter, {"spec": WEIGHT_SPEC})] * (variant.mode == "both")
+
+
+def start_of(variant: Variant) -> dict[str, Any]:
     """What makes the weighter of a run where it is missing."""
     if variant.pretaught:
         return {"initial": PRETAUGHT}

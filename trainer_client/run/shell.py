@@ -6,6 +6,7 @@ Knows nothing of what a command does.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ _MISTAKE, _INTERRUPTED = 2, 130
 
 
 def in_shell(name: str, command: Callable[[Console], int]) -> int:
-    """Runs a command.
+    """Runs a command. Of several ranks of torchrun the first one alone has a say.
 
     Args:
         name: of the command, for messages.
@@ -27,7 +28,8 @@ def in_shell(name: str, command: Callable[[Console], int]) -> int:
     Returns:
         The command's exit code; 2: the user's mistake, said in one sentence on stderr; 130: interrupted.
     """
-    console = Console()
+    first = is_first_rank()
+    console = Console(quiet=not first)
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -36,8 +38,21 @@ def in_shell(name: str, command: Callable[[Console], int]) -> int:
     try:
         return command(console)
     except (WeighbridgeError, OSError) as exc:
-        print(f"{name}: {exc}", file=sys.stderr)
+        if first or not _is_told_elsewhere(exc):
+            print(f"{name}: {exc}", file=sys.stderr)
         return _MISTAKE
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        if first:
+            print(f"{name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first of those that torchrun has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_told_elsewhere(exc: Exception) -> bool:
+    from trainer_client.ranks import Elsewhere  # torch is there where ranks are
+
+    return isinstance(exc, Elsewhere)

@@ -10,8 +10,8 @@ import numpy as np
 
 from trainer_client.run.choose import Choice, Selected
 from trainer_client.run.compute import Compute, scoring_flops, teaching_flops, training_flops
-from trainer_client.run.evaluate import mean_loss
 from trainer_client.run.loop import Loop
+from trainer_client.run.methods.judged import JudgedChooser, JudgedWeigher
 from trainer_client.run.metrics import read_metrics
 from trainer_client.run.models import count_parameters
 from trainer_client.run.plot import SourceHistory
@@ -38,18 +38,17 @@ def summarise(
     history: SourceHistory,
     weighter: dict[str, Any] | None,
     reference: RunReference | None,
+    losses: tuple[float, float],
 ) -> RunSummary:
-    """The summary of a finished run; evaluates on all validation and test samples.
+    """The summary of a finished run.
 
     Args:
+        losses: on all validation and on all test samples.
         weighter: what is known of it; None: the run has none.
         reference: of the job, if it has one.
     """
-    config, task, totals = loop.config, loop.task, loop.totals
-    with totals.timed("wall_seconds"):
-        val_loss, test_loss = (
-            mean_loss(loop.model, split.tokens, config.batch_size, loop.device) for split in (task.val, task.test)
-        )
+    config, totals = loop.config, loop.totals
+    val_loss, test_loss = losses
     lines = read_metrics(loop.folder / "metrics.jsonl")
     counts = loop.teacher.counts if loop.teacher else None
     selected = loop.chooser if isinstance(loop.chooser, Selected) else None
@@ -74,7 +73,8 @@ def summarise(
         shares_by_source=shares_by_source(history.weights, history.sources, history.names),
         trust=next((line["trust"] for line in reversed(lines) if "trust" in line and not line["fallback"]), None),
         compute=_compute(loop, variant, choices, reference).to_dict(),
-        reference=reference.about() if reference and selected else None,
+        reference=reference.about() if reference and variant.reads_reference else None,
+        replayed_from=(config.replay_weights or None) if variant.records_choice or variant.records_weights else None,
         weighter=weighter,
         test_curve=[(line["step"], line["seconds"], line["test_loss"]) for line in lines if "test_loss" in line],
     )
@@ -90,6 +90,9 @@ def _compute(loop: Loop, variant: Variant, choices: Sequence[Choice], reference:
             scoring_flops(reference.parameters, scored * min(config.seq_len, reference.seq_len)),
             reference.trained_flops,
         )
+    for judged in (loop.chooser, loop.weigher):
+        if isinstance(judged, JudgedChooser | JudgedWeigher):
+            scoring, trained = scoring + judged.flops(config.steps), trained + judged.trained_flops
     return Compute(
         training_flops=training_flops(parameters, config.steps * config.batch_size * config.seq_len),
         teaching_flops=teaching_flops(

@@ -40,6 +40,8 @@ def table(runs: dict[str, RunSummary], main: str) -> Table:
         row("seconds to it", lambda r: _number(reached_uniform(r, uniform).seconds))
     row("compute, uniform = 1", lambda r: f"{r.compute['relative']:.2f}")
     row("wall time, s", lambda r: f"{r.wall_seconds:.0f}")
+    for task, metric in dict.fromkeys(key for r in shown for key in _task_scores(r)):
+        row(f"{task} {metric}", _task_score(task, metric))
     result.add_section()
     for name in _names(r.shares_by_source for r in shown):
         row(f"share of {name}*", _share(name))
@@ -50,6 +52,20 @@ def table(runs: dict[str, RunSummary], main: str) -> Table:
     return result
 
 
+def _task_scores(run: RunSummary) -> dict[tuple[str, str], float]:
+    """The scores of evaluation tasks by task and metric, without their standard errors."""
+    tasks = (run.eval_scores or {}).items()
+    return {(task, m): value for task, scores in tasks for m, value in scores.items() if "_stderr" not in m}
+
+
+def _task_score(task: str, metric: str) -> Cell:
+    def cell(run: RunSummary) -> str:
+        score = _task_scores(run).get((task, metric))
+        return _NONE if score is None else f"{score:.3f}"
+
+    return cell
+
+
 def _title(shown: list[RunSummary]) -> str:
     *others, main = (run.label for run in shown)
     return f"{main}{' against ' if others else ''}{', '.join(others)}; seed {shown[0].seed}"
@@ -58,7 +74,10 @@ def _title(shown: list[RunSummary]) -> str:
 def _add_service_rows(row: Callable[[str, Cell], None]) -> None:
     row("trust at the end", lambda r: _NONE if r.trust is None else f"{r.trust:.2f}")
     row("scoring, s", lambda r: _time_share(r.score_seconds, r))
-    row("waiting for scores, s", lambda r: f"{r.wait_seconds:.1f}" if r.mode in ("select", "both") else _NONE)
+    row(
+        "waiting for scores, s",
+        lambda r: f"{r.wait_seconds:.1f}" if r.weighter and r.mode in ("select", "both") else _NONE,
+    )
     row("teaching, s", lambda r: _time_share(r.meta_seconds, r))
     row("meta-updates", lambda r: _of(r, str(r.meta_updates)))
     row("  degenerate", lambda r: _of(r, str(r.meta_updates_skipped or _NONE)))

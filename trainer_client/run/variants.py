@@ -1,18 +1,20 @@
 """The variants of a run that one job can hold side by side: their labels, and what their weighters start from.
 
-A variant is a method and, for `dwm`, a mode and the weighter's beginning. All variants of a job share tokenizer, seed
-and the order of samples. Knows names only; nothing of torch, files or the service.
+A variant is a method, for `dwm` and judged methods a mode, and for `dwm` the weighter's beginning. All variants of a
+job share tokenizer, seed and the order of samples. Knows names only; nothing of torch, files or the service.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-METHODS = ("dwm", "uniform", "dsir")
+from trainer_client.run.methods.names import JUDGED
+
+METHODS = ("dwm", "uniform", "dsir", *JUDGED)
 MODES = ("select", "weight", "both")
 BEGINNINGS = ("pretaught", "none")
 ROLES = ("learn", "frozen")
-_SCRATCH = "-scratch"
+_SCRATCH, _WEIGHT = "-scratch", "-weight"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Variant:
 
     label: str
     method: str
-    mode: str = ""  # of dwm
+    mode: str = ""  # of dwm and judged methods
     weighter_from: str = ""  # of dwm
     role: str = ""  # of dwm
     weighter: str = ""  # name of its weighter
@@ -32,18 +34,38 @@ class Variant:
         return self.method == "dwm"
 
     @property
+    def judged(self) -> bool:
+        """Whether a judge has a say."""
+        return self.method in JUDGED
+
+    @property
     def selects(self) -> bool:
         """Whether a weighter chooses the batch from candidates."""
-        return self.mode in ("select", "both")
+        return self.learned and self.mode in ("select", "both")
 
     @property
     def weighs(self) -> bool:
         """Whether a weighter weighs the samples inside a batch."""
-        return self.mode in ("weight", "both")
+        return self.learned and self.mode in ("weight", "both")
+
+    @property
+    def records_choice(self) -> bool:
+        """Whether what it keeps of its candidates is on record."""
+        return self.selects or (self.judged and self.mode == "select" and self.method != "oracle")
+
+    @property
+    def records_weights(self) -> bool:
+        """Whether the weights inside its batches are on record."""
+        return self.weighs or (self.judged and self.mode == "weight")
 
     @property
     def draws_candidates(self) -> bool:
-        return self.selects or self.method == "dsir"
+        return self.records_choice or self.method == "dsir"
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it needs the job's reference."""
+        return self.selects or (self.judged and JUDGED[self.method].reads_reference)
 
     @property
     def pretaught(self) -> bool:
@@ -61,7 +83,9 @@ class Variant:
 
 
 def label_of(method: str, mode: str, weighter_from: str) -> str:
-    """uniform, dsir, or for dwm the mode, with -scratch where its weighter starts from fresh parameters."""
+    """The method, for judged ones with -weight in that mode; for dwm the mode, with -scratch for a fresh weighter."""
+    if method in JUDGED and mode == "weight":
+        return method + _WEIGHT
     if method != "dwm":
         return method
     return mode if weighter_from == "pretaught" else mode + _SCRATCH
@@ -70,11 +94,15 @@ def label_of(method: str, mode: str, weighter_from: str) -> str:
 LABELS: tuple[str, ...] = (
     *("uniform", "dsir"),
     *(label_of("dwm", mode, beginning) for mode in MODES for beginning in BEGINNINGS),
+    *JUDGED,
+    *(label_of(name, "weight", "") for name, judged in JUDGED.items() if judged.weighs),
 )
 
 
 def variant_of(label: str, weighter: str, role: str = "learn") -> Variant:
     """The variant that a label stands for, with the name of its weighter and the role of its jobs."""
+    if (method := label.removesuffix(_WEIGHT)) in JUDGED:
+        return Variant(label, method, "select" if label == method else "weight")
     if label in METHODS:
         return Variant(label, label)
     mode = label.removesuffix(_SCRATCH)

@@ -35,12 +35,16 @@ class Weights:
 class Weigher(Protocol):
     """Gives the samples of each step their weights."""
 
+    @property
+    def reads_losses(self) -> bool:
+        """Whether the weights depend on the trainer's losses."""
+
     def weigh(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Weights:
         """The weights of a step's batch.
 
         Args:
             step: optimiser step, from 0.
-            losses: [B, T] nats, detached, of all tokens but the first.
+            losses: [B, T] nats, detached, of all tokens but the first; [B, 0] may do where they are not read.
             tokens: [B, T+1] token ids.
         """
 
@@ -54,6 +58,8 @@ class Weigher(Protocol):
 
 class Even:
     """Weight 1 for every sample."""
+
+    reads_losses = False
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
@@ -77,6 +83,8 @@ class Learned:
     The weighter reads statistics of the trainer's own losses. A pretaught one reads those against the target, too: here
     the trainer counts the n-grams of its validation and training samples.
     """
+
+    reads_losses = True
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from weighting_contract.errors import FailedPrecondition, InvalidArgument
 _SETTINGS, _LOCK = "config.json", ".lock"
 _RESULTS = (
     *dict.fromkeys((*LABELS, *METHODS)),  # runs of earlier versions were called after their methods
-    *("summary.json", "weights.png", "weighter-export", "weighters", "reference", "tokenizer.json"),
+    *("summary.json", "weights.png", "weighter-export", "weighters", "reference", "tokenizer.json", "samples.json"),
 )
 
 
@@ -51,6 +51,16 @@ class Workspace:
     @property
     def tokenizer(self) -> Path:
         return self.root / "tokenizer.json"
+
+    @property
+    def samples(self) -> Path:
+        """What tells the samples of the job from others."""
+        return self.root / "samples.json"
+
+    @property
+    def exported_model(self) -> Path:
+        """The main run's model, for transformers."""
+        return self.root / self.main_label / "model"
 
     @property
     def reference(self) -> Path:
