@@ -22,7 +22,7 @@ define require_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo pretaught test fuzz check audit format protos protos-check bench soak serve wheel clean
+.PHONY: help venv demo pretaught test faults ranks resume fuzz check audit format protos protos-check bench learning soak serve wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,15 @@ pretaught: $(STAMP) ## teach the weighter that comes with the package, and its r
 
 test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(STAMP) ## break the network at every call of a training loop; prints the table of faults x calls
+	$(BIN)/python -m pytest tests/faults -q $(ARGS)
+
+ranks: $(STAMP) ## train on 1, 2 and 4 ranks x 1, 2 and 4 accumulated steps; prints the table of differences
+	$(BIN)/python -m pytest tests/distributed -q -s $(ARGS)
+
+resume: $(STAMP) ## kill trainers at random steps, resume them and replay their weights, bit by bit
+	$(BIN)/python -m pytest tests/integration/test_run_resume.py -q $(ARGS)
 
 fuzz: $(STAMP) ## send a service 20,000 inputs of any kind (again with the same: ARGS='--seed S')
 	$(BIN)/python -m tests.fuzz $(ARGS)
@@ -92,8 +101,11 @@ $(PROTOS_STAMP):
 	@.venv-protos/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) grpcio-tools==$(GRPC_TOOLS)
 	@touch $@
 
-bench: $(STAMP) ## measure latency, overhead, durability, replay and fair shares against their goals; prints the hardware
+bench: $(STAMP) ## measure latency, overhead, memory, durability, replay and fair shares against their goals
 	$(BIN)/python -m benchmarks $(ARGS)
+
+learning: $(STAMP) ## learned weights against the alternatives; about 4 hours on 2 CPU cores (ARGS=--quick: 20 minutes)
+	$(BIN)/python -m benchmarks.learning $(ARGS)
 
 soak: $(STAMP) ## kill the service 100 times while it learns and compare it with a twin; at most 15 minutes
 	$(BIN)/python -m benchmarks.soak $(ARGS)
