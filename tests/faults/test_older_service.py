@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.faults.proxy import FaultyProxy
 from tests.faults.test_faults import wait_for
 from tests.faults.training import SPEC
 from trainer_client import Client, Job, Limits, Timeouts, connect
+from trainer_client.sender import QUIET_S
 from weighting_contract.errors import FailedPrecondition, InvalidArgument
 
 PATIENT = Timeouts(score_s=30, meta_update_s=30, admin_s=30, close_s=30)
@@ -49,10 +51,13 @@ class Restorable:
         self._start()
 
     def restore(self) -> None:
+        """Takes as long as it does in life at the least: in less, the job takes the service for the one it was."""
+        begun = time.monotonic()
         self._service.stop()
         shutil.rmtree(self._state)
         shutil.copytree(self._copy, self._state)
         self._start()
+        wait_for(lambda: time.monotonic() - begun > QUIET_S)
 
     def close(self) -> None:
         self._proxy.close()

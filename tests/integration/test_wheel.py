@@ -61,7 +61,9 @@ def base(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture(scope="module")
 def full(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    return Environment(tmp_path_factory.mktemp("full"), wheel, extras=("torch", "server", "tokens"))
+    return Environment(
+        tmp_path_factory.mktemp("full"), wheel, extras=("torch", "server", "tokens", "huggingface", "lightning")
+    )
 
 
 class Environment:
