@@ -196,10 +196,10 @@ def _series(lines: list[dict[str, Any]], batch_size: int) -> Series:
         array = np.array([np.nan if v is None else v for v in values], np.float64)
         return [round(float(np.nanmean(array[part])), 5) if np.isfinite(array[part]).any() else 0.0 for part in parts]
 
-    shares = [line.get("trained_share") or line.get("kept_share") or {} for line in lines]
+    shares = [line["trained_share"] for line in lines]
     return Series(
         steps=means([line["step"] for line in lines]),
-        shares={name: means([share.get(name, 0.0) if share else None for share in shares]) for name in _names(shares)},
+        shares={name: means([share.get(name, 0.0) for share in shares]) for name in _names(shares)},
         effective_share=[v / batch_size for v in means([line["effective_sample_size"] for line in lines])],
         trust=means([line.get("trust") for line in lines]),
     )

@@ -242,6 +242,7 @@ class Loop:
             "effective_sample_size": float(said.values.sum() ** 2 / (said.values**2).sum()),
             "fallback": int(fallback),
             "mean_weight": self.task.mean_by_source(choice.indices, said.values),
+            "trained_share": self.task.share_by_source(choice.indices, said.values),
             **choice.metrics,
             **said.metrics,
         }

@@ -70,10 +70,10 @@ class Task:
         """[buckets] float32: the profile of validation samples [N, T+1] against the training samples."""
         return profile_table(log_ratios(count_ngrams(validation), count_ngrams(self.train.tokens)))
 
-    def share_by_source(self, indices: np.ndarray) -> dict[str, float]:
-        """Share of each source among training samples."""
-        counts = np.bincount(self.train.source_index[indices], minlength=len(self.train.sources))
-        return {name: float(count / len(indices)) for name, count in zip(self.train.sources, counts, strict=True)}
+    def share_by_source(self, indices: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
+        """Share of each source among training samples, each counted by its weight."""
+        sums = np.bincount(self.train.source_index[indices], weights, minlength=len(self.train.sources))
+        return {name: float(each / sums.sum()) for name, each in zip(self.train.sources, sums, strict=True)}
 
     def mean_by_source(self, indices: np.ndarray, weights: np.ndarray) -> dict[str, float]:
         """Mean weight of each source that is among training samples."""
