@@ -79,12 +79,12 @@ def test_validation_draws_belong_to_seed_and_step(task):
 
 
 def test_a_profile_is_made_of_other_documents_than_cotangents_are_towards(task):
-    tokens = np.arange(26 * 5).reshape(26, 5).astype(np.uint16)
-    documents = np.repeat(np.arange(13), 2)
-    val = Samples(tokens, np.zeros(26, np.int64), ("a",), documents)
+    tokens = np.arange(18 * 5).reshape(18, 5).astype(np.uint16)
+    documents = np.repeat(np.arange(9), 2)
+    val = Samples(tokens, np.zeros(18, np.int64), ("a",), documents)
     split = dataclasses.replace(task, val=val)
     drawn = split.validation_draw(0, 50, CPU, held_out=True)[:, 0].tolist()
-    assert sorted(drawn) == [5 * row for row in (10, 11, 22, 23)]  # documents 5 and 11 of 0 to 12
+    assert sorted(drawn) == [5 * row for row in (6, 7, 14, 15)]  # documents 3 and 7 of 0 to 8
     profile = split.profile_tokens[:, 0].tolist()
     assert sorted(drawn + profile) == tokens[:, 0].tolist()
 

@@ -213,12 +213,12 @@ def make_samples(
     )
 
 
-def every_sixth_document(samples: Samples) -> np.ndarray:  # [N] bool
-    """The windows of every sixth document; where there are fewer than twelve, the last quarter of each document's."""
+def every_fourth_document(samples: Samples) -> np.ndarray:  # [N] bool
+    """The windows of every fourth document; where there are fewer than eight, the last quarter of each document's."""
     index = np.arange(len(samples)) if samples.document_index is None else samples.document_index
     counts = np.bincount(index)
-    if len(counts) >= 12:
-        return np.asarray(index % 6 == 5)
+    if len(counts) >= 8:
+        return np.asarray(index % 4 == 3)
     of_document = counts[index]
     place = np.arange(len(samples)) - (np.cumsum(counts) - counts)[index]  # in its document
     held_out: np.ndarray = place >= of_document - of_document // 4

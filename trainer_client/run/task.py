@@ -18,7 +18,7 @@ from trainer_client.run.data import (
     Document,
     Progress,
     Samples,
-    every_sixth_document,
+    every_fourth_document,
     load_corpus,
     make_samples,
     unigram_counts,
@@ -54,7 +54,7 @@ class Task:
     @cached_property
     def _held_out(self) -> np.ndarray:
         """[validation samples] bool: what a profile is not made of, so that cotangents can judge it."""
-        held_out = every_sixth_document(self.val)
+        held_out = every_fourth_document(self.val)
         return held_out if held_out.any() else np.ones_like(held_out)
 
     @property
