@@ -5,12 +5,9 @@ python -m torch.distributed.run --standalone --nproc-per-node 3 -m tests.distrib
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from tests.distributed.launch import checks_of, run_checks
 from tests.integration.small_job import write_data
 from trainer_client import connect
 from trainer_client.client import Client
@@ -225,22 +223,7 @@ def check_a_loss_that_is_not_finite_on_one_rank() -> None:
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-00000002.safetensors"]
 
 
-CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    outcomes = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            outcomes[name] = "passed"
-        except BaseException:
-            outcomes[name] = traceback.format_exc()
-        Path(sys.argv[1], f"rank-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
-
+CHECKS = checks_of(globals())
 
 if __name__ == "__main__":
-    main()
+    run_checks(CHECKS)

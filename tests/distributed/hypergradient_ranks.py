@@ -5,12 +5,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distrib
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.distributed.launch import checks_of, run_checks
 from tests.numerics.test_hypergradient import (
     BATCH,
     LEARNING_RATE,
@@ -237,22 +233,7 @@ def check_what_fsdp_cannot_do_is_refused() -> None:
         shared(model)
 
 
-CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    outcomes = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            outcomes[name] = "passed"
-        except BaseException:
-            outcomes[name] = traceback.format_exc()
-        Path(sys.argv[1], f"rank-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
-
+CHECKS = checks_of(globals())
 
 if __name__ == "__main__":
-    main()
+    run_checks(CHECKS)

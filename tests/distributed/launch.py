@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 400
@@ -76,3 +83,26 @@ def ended(started: list[subprocess.Popen[str]]) -> list[Ended]:
         for process in started:
             process.kill()
     return [Ended(process.returncode, out, err) for process, (out, err) in zip(started, texts, strict=True)]
+
+
+def run_checks(checks: dict[str, Callable[[], None]]) -> None:
+    """On each rank of torchrun: runs checks one after the other and writes what became of each.
+
+    Into the folder that the command line names, rank-N.json: "passed", or the traceback.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    outcomes = {}
+    for name, check in checks.items():
+        try:
+            check()
+            outcomes[name] = "passed"
+        except BaseException:  # the other ranks go on to the next one, and so must this one
+            outcomes[name] = traceback.format_exc()
+        Path(sys.argv[1], f"rank-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
+    dist.destroy_process_group()
+
+
+def checks_of(namespace: dict[str, object]) -> dict[str, Callable[[], None]]:
+    """The functions of a module called check_NAME, by name, in their order."""
+    return {n.removeprefix("check_"): c for n, c in namespace.items() if n.startswith("check_") and callable(c)}

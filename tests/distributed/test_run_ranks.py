@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.launch import Ended, ended, start, torchrun
 from tests.integration.small_job import CANDIDATES, write_data
+from tests.waiting import wait_for
 from trainer_client.run.metrics import read_metrics
 from trainer_client.run.recorder import read_records
 
@@ -163,14 +162,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(data: list[str], cache: Path
     out = tmp_path / "out"
     flags = [*data, "--mode", "weight", "--steps", "5000", "--checkpoint-every", "5000", "--out", str(out)]
     processes = start(2, RUN, flags, cache=cache)
-    _when(lambda: _lines(out) >= 3)
+    wait_for(lambda: _lines(out) >= 3, timeout_s=120)
     processes[1].send_signal(signal.SIGTERM)
     assert [rank.code for rank in ended(processes)] == [130, 143]
     (stopped,) = (out / "weight" / "checkpoints").glob("*.safetensors")
     assert _lines(out) == int(stopped.stem[-8:])
 
     resumed = start(2, RUN, ["--resume", "--out", str(out), "--parallel", "fsdp2"], cache=cache)
-    _when(lambda: _lines(out) >= int(stopped.stem[-8:]) + 3)
+    wait_for(lambda: _lines(out) >= int(stopped.stem[-8:]) + 3, timeout_s=120)
     resumed[0].send_signal(signal.SIGINT)
     assert [rank.code for rank in ended(resumed)] == [130, 130]
     newest = max((out / "weight" / "checkpoints").glob("*.safetensors"))
@@ -215,10 +214,3 @@ def _assert_one_sentence(ranks: list[Ended], sentence: str) -> None:
 def _lines(out: Path) -> int:
     path = out / "weight" / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _when(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, "the condition was not met in time"
-        time.sleep(0.01)

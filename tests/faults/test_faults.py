@@ -14,6 +14,7 @@ from tests.conftest import Address
 from tests.faults.conftest import FaultTable, Outcome
 from tests.faults.proxy import FAULTS, Fault, FaultyProxy
 from tests.faults.training import DOCUMENTS, SPEC, TAUGHT_EVERY, Loop, SelectingLoop, check_weights
+from tests.waiting import wait_for
 from trainer_client import Client, Job, Limits, Timeouts, connect
 
 DEADLINE_S, SLACK_S = 0.3, 1.0  # how slow this machine may be beyond the deadline: these are tests of hanging
@@ -187,13 +188,6 @@ class Case:
         assert counters.updates_acknowledged <= position <= counters.updates_sent, counters
         if not may_drop and self.fault is not Fault.CORRUPT:  # where an answer said something else than was meant
             assert position == counters.updates_sent, counters
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0, about: Callable[[], str] = str) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, f"the condition did not come true {about()}"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])

@@ -15,8 +15,8 @@ import pytest
 
 from tests.conftest import ServiceThread
 from tests.faults.proxy import FaultyProxy
-from tests.faults.test_faults import wait_for
 from tests.faults.training import SPEC
+from tests.waiting import wait_for
 from trainer_client import Client, Job, Limits, Timeouts, connect
 from trainer_client.sender import QUIET_S
 from weighting_contract.errors import FailedPrecondition, InvalidArgument

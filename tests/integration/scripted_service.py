@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +16,6 @@ from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceServicer, add
 from weighting_contract.tensors import from_message, to_message
 
 Fault = Callable[[Any, grpc.ServicerContext], None]
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
-    """The first true value of `condition`; fails the test where there is none in time."""
-    until = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < until, "the condition did not come true"
-        time.sleep(0.005)
-    return value
 
 
 def abort(code: grpc.StatusCode, message: str, **metadata: str) -> Fault:

@@ -6,7 +6,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from tests.waiting import wait_for
 from trainer_client.run.metrics import read_metrics
 from trainer_client.run.recorder import Record, read_records
 
@@ -93,11 +93,13 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def when(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Returns once the condition holds; fails where the process ends before."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, f"ended early: {process.communicate()}"
-        assert time.monotonic() < end, "the condition was not met in time"
-        time.sleep(0.002)
+
+    def holds() -> bool:
+        met = condition()
+        assert met or process.poll() is None, f"ended early: {process.communicate()}"
+        return met
+
+    wait_for(holds, timeout_s=120)
 
 
 def count_lines(path: Path) -> int:

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from scripted_service import wait_for
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceStub
 from tests.conftest import ServiceThread
+from tests.waiting import wait_for
 from trainer_client import Limits, Timeouts, connect
 from trainer_client.transports import Transport, open_transport, rest_json
 from weighting_contract.errors import (

@@ -12,8 +12,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from scripted_service import ScriptedServer, ScriptedService, abort, wait_for
+from scripted_service import ScriptedServer, ScriptedService, abort
 
+from tests.waiting import wait_for
 from trainer_client import Client, Job, Limits, Timeouts, connect
 from weighting_contract.errors import JOB_CLOSED, DeadlineExceeded, InvalidArgument, NotFound, Unavailable
 

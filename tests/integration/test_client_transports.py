@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripted_service import wait_for
 
+from tests.waiting import wait_for
 from trainer_client import Client, Limits, Timeouts, connect
 from weighting_contract.errors import (
     AlreadyExists,

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from scripted_service import wait_for
 
 from tests.conftest import Address, ServiceThread
+from tests.waiting import wait_for
 from trainer_client import Client, Limits, Timeouts, connect
 from weighting_contract.errors import Unavailable
 from weighting_contract.spec import FeatureSpec, WeighterSpec

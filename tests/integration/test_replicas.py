@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scripted_service import wait_for
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from tests.conftest import ServiceProcess
 from tests.redis_server import RedisServer
+from tests.waiting import wait_for
 from trainer_client import connect
 from weighting_contract.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable, WeighbridgeError
 from weighting_contract.tensors import from_message, to_message

@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from pyarrow import parquet
 from rich.console import Console
 
 from tests.conftest import ServiceProcess
+from tests.waiting import wait_for
 from trainer_client import connect
 from trainer_client.run.tokenizer import Tokenizer
 from trainer_client.score.__main__ import main
@@ -158,13 +158,6 @@ def test_weights_are_those_of_a_job_that_is_given_the_batch(tmp_path: Path, targ
 # ---- Kills ----------------------------------------------------------------------------------------------------------
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.002)
-
-
 def test_a_scoring_that_is_killed_and_left_alone_by_its_service_ends_as_if_nothing_had_happened(
     tmp_path: Path, target: Path, start_process: Callable[..., ServiceProcess]
 ) -> None:
@@ -180,7 +173,7 @@ def test_a_scoring_that_is_killed_and_left_alone_by_its_service_ends_as_if_nothi
     done = ScoreTable(tmp_path / "killed.parquet")
     kill_at = random.randrange(1, 25)
     with subprocess.Popen([*command("killed"), "--resume"], stdout=subprocess.DEVNULL) as process:
-        until(lambda: done.parts_done() >= kill_at)
+        wait_for(lambda: done.parts_done() >= kill_at, timeout_s=120)
         process.send_signal(signal.SIGKILL)
     assert not done.finished, f"it was over before it was killed at part {kill_at}"
     service.kill()
@@ -190,7 +183,7 @@ def test_a_scoring_that_is_killed_and_left_alone_by_its_service_ends_as_if_nothi
         assert "waiting for the weighting service" in said
         service.start()
         at = done.parts_done()
-        until(lambda: done.parts_done() > at or done.finished)
+        wait_for(lambda: done.parts_done() > at or done.finished, timeout_s=120)
         service.kill()  # once more, in the middle
         service.start()
         shown = process.stdout.read()

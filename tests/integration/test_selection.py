@@ -12,8 +12,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from scripted_service import ScriptedServer, ScriptedService, abort, wait_for
+from scripted_service import ScriptedServer, ScriptedService, abort
 
+from tests.waiting import wait_for
 from trainer_client import Client, Job, Limits, Timeouts, connect
 from trainer_client.cadence import Cadence
 from trainer_client.select import Selection, Selector, choose, select

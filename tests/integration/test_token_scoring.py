@@ -19,7 +19,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from protos.weighting.v1 import weighting_pb2 as pb
 from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceStub
 from tests.conftest import Address, ServiceThread
-from tests.integration.scripted_service import wait_for
 from tests.integration.token_jobs import (
     FILES,
     LESSONS,
@@ -35,6 +34,7 @@ from tests.integration.token_jobs import (
     weights,
 )
 from tests.unit import reference_models as models
+from tests.waiting import wait_for
 from weighting_contract.ngrams import NGRAM_NAMES
 from weighting_contract.profile import documents_checksum, make_profile
 from weighting_contract.reference import write_reference

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from trainer_client.run.config import RunConfig, flag, load, parse
+from trainer_client.flags import flag
+from trainer_client.run.config import RunConfig, load, parse
 from trainer_client.run.variants import LABELS, label_of, variant_of
 from weighting_contract.errors import InvalidArgument
 

@@ -13,11 +13,12 @@ import secrets
 import time
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer_client.cadence import Cadence
+from trainer_client.flags import add_flags, check_fields, credential_arguments, flag, given_flags, setting
 from trainer_client.run.config_file import read_settings
 from trainer_client.run.methods.names import JUDGED
 from trainer_client.run.variants import BEGINNINGS, LABELS, METHODS, MODES, ROLES, Variant, label_of, variant_of
@@ -32,123 +33,112 @@ PRECISIONS = ("float32", "bf16")
 LR_SCHEDULES = ("constant", "cosine")  # constant: the loss at a step does not depend on how many are to come
 
 
-def _flag(
-    default: Any, help: str, choices: Sequence[str] = (), least: int | None = None, most: int | None = None
-) -> Any:
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "least": least, "most": most})
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of a run; the defaults are the demo's. Names carry their units; steps are optimiser steps."""
 
-    data: tuple[str, ...] = _flag(
+    data: tuple[str, ...] = setting(
         ("builtin",), "training documents: builtin, files (.txt .jsonl .jsonl.gz .parquet), or a `datasets` name"
     )
-    val: tuple[str, ...] = _flag(
+    val: tuple[str, ...] = setting(
         (), "validation documents, the target that weights are learned for; same forms (default: the built-in ones)"
     )
-    test: tuple[str, ...] = _flag(
+    test: tuple[str, ...] = setting(
         (), "test documents, only ever evaluated; same forms (default: half of the validation documents)"
     )
-    model: str = _flag("nano", "size preset, or the name or folder of a transformers causal LM")
-    tokenizer: str = _flag("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the data)")
-    vocab_size: int = _flag(1024, "entries of a tokenizer that is trained here", least=1)
+    model: str = setting("nano", "size preset, or the name or folder of a transformers causal LM")
+    tokenizer: str = setting("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the data)")
+    vocab_size: int = setting(1024, "entries of a tokenizer that is trained here", least=1)
 
-    method: str = _flag(
+    method: str = setting(
         "dwm",
         "dwm: a learned weighter; uniform: none; dsir: fixed n-gram likeness; "
         + "; ".join(f"{name}: {judged.about}" for name, judged in JUDGED.items()),
         METHODS,
     )
-    mode: str = _flag("select", "choose the batch from candidates, weight the samples inside it, or both", MODES)
-    compare: tuple[str, ...] = _flag(
+    mode: str = setting("select", "choose the batch from candidates, weight the samples inside it, or both", MODES)
+    compare: tuple[str, ...] = setting(
         (), f"also run these from the same seed and data order: {', '.join(LABELS)}", LABELS
     )
-    steps: int = _flag(600, "optimiser steps", least=1)
-    batch_size: int = _flag(32, "samples a step", least=1)
-    seq_len: int = _flag(64, "tokens a sample", least=1)
-    lr: float = _flag(2e-3, "peak learning rate of AdamW")
-    warmup_steps: int = _flag(20, "steps of linear warm-up of the learning rate", least=0)
-    lr_schedule: str = _flag("constant", "after the warm-up: constant, or a cosine to a tenth", LR_SCHEDULES)
-    seed: int = _flag(0, "of parameters, data order and validation draws", least=0, most=2**32 - 1)
+    steps: int = setting(600, "optimiser steps", least=1)
+    batch_size: int = setting(32, "samples a step", least=1)
+    seq_len: int = setting(64, "tokens a sample", least=1)
+    lr: float = setting(2e-3, "peak learning rate of AdamW")
+    warmup_steps: int = setting(20, "steps of linear warm-up of the learning rate", least=0)
+    lr_schedule: str = setting("constant", "after the warm-up: constant, or a cosine to a tenth", LR_SCHEDULES)
+    seed: int = setting(0, "of parameters, data order and validation draws", least=0, most=2**32 - 1)
 
-    parallel: str = _flag(
+    parallel: str = setting(
         "auto", "over the ranks of torchrun: ddp, fsdp2, or auto (ddp where there are several ranks)", PARALLEL
     )
-    accumulate: int = _flag(1, "micro-batches that a rank takes its part of a batch in", least=1)
-    precision: str = _flag("float32", "of forward passes; bf16: by autocast, parameters stay float32", PRECISIONS)
-    compile: bool = _flag(False, "compile the model's blocks with torch.compile")
-    recompute: bool = _flag(False, "recompute the activations of the model's blocks in the backward pass")
+    accumulate: int = setting(1, "micro-batches that a rank takes its part of a batch in", least=1)
+    precision: str = setting("float32", "of forward passes; bf16: by autocast, parameters stay float32", PRECISIONS)
+    compile: bool = setting(False, "compile the model's blocks with torch.compile")
+    recompute: bool = setting(False, "recompute the activations of the model's blocks in the backward pass")
 
-    weighter: str = _flag("embedded", "embedded, embedded:///STATE, grpc(s)://HOST:PORT or http(s)://HOST:PORT")
-    token_file: str = _flag("", "file of the service's token (default: the token in WEIGHBRIDGE_TOKEN, or none)")
-    ca: str = _flag("", "PEM file of the CA of the service's certificate (default: WEIGHBRIDGE_CA, or the usual ones)")
-    cert: str = _flag("", "PEM file of a certificate of one's own (default: WEIGHBRIDGE_CERT, or none)")
-    key: str = _flag("", "PEM file of its key (default: WEIGHBRIDGE_KEY)")
-    insecure_token: bool = _flag(False, "send the token unencrypted to another machine, where the network is trusted")
-    weighter_name: str = _flag("default", "name of the weighter; it is created where it does not exist")
-    weighter_from: str = _flag("pretaught", "what the weighter starts from: pretaught, or none (fresh)", BEGINNINGS)
-    role: str = _flag("learn", "learn: it is taught by this run; frozen: it only scores", ROLES)
-    candidates: int = _flag(5, "selection: candidates a place in the batch", least=1)
-    probes: int = _flag(4, "selection: samples of a batch that are drawn evenly, to measure the trust", least=0)
-    ahead: int = _flag(2, "selection: steps that candidates are scored ahead of training", least=0)
-    select_min_share: float = _flag(0.1, "selection: least effective share of the candidates")
-    reference: str = _flag(
+    weighter: str = setting("embedded", "embedded, embedded:///STATE, grpc(s)://HOST:PORT or http(s)://HOST:PORT")
+    token_file: str = setting("", "file of the service's token (default: the token in WEIGHBRIDGE_TOKEN, or none)")
+    ca: str = setting(
+        "", "PEM file of the CA of the service's certificate (default: WEIGHBRIDGE_CA, or the usual ones)"
+    )
+    cert: str = setting("", "PEM file of a certificate of one's own (default: WEIGHBRIDGE_CERT, or none)")
+    key: str = setting("", "PEM file of its key (default: WEIGHBRIDGE_KEY)")
+    insecure_token: bool = setting(False, "send the token unencrypted to another machine, where the network is trusted")
+    weighter_name: str = setting("default", "name of the weighter; it is created where it does not exist")
+    weighter_from: str = setting("pretaught", "what the weighter starts from: pretaught, or none (fresh)", BEGINNINGS)
+    role: str = setting("learn", "learn: it is taught by this run; frozen: it only scores", ROLES)
+    candidates: int = setting(5, "selection: candidates a place in the batch", least=1)
+    probes: int = setting(4, "selection: samples of a batch that are drawn evenly, to measure the trust", least=0)
+    ahead: int = setting(2, "selection: steps that candidates are scored ahead of training", least=0)
+    select_min_share: float = setting(0.1, "selection: least effective share of the candidates")
+    reference: str = setting(
         "auto", "selection: auto (trained on the data, cached), a reference's folder, or its name at the service"
     )
-    profile: str = _flag("", "selection: file of a target profile (default: made of the validation documents)")
-    judge_temperature: float = _flag(
+    profile: str = setting("", "selection: file of a target profile (default: made of the validation documents)")
+    judge_temperature: float = setting(
         0.5, "methods other than dwm: divides their standardised logits; 0: the highest ones take all", least=0
     )
-    oracle_source: tuple[str, ...] = _flag(
+    oracle_source: tuple[str, ...] = setting(
         (), "oracle: the target's sources (default: those of the validation documents, or the nearest by n-grams)"
     )
-    on_failure: str = _flag("uniform", "without an answer: uniform weights, or stop", ("uniform", "raise"))
-    on_older_service: str = _flag(
+    on_failure: str = setting("uniform", "without an answer: uniform weights, or stop", ("uniform", "raise"))
+    on_older_service: str = setting(
         "resend",
         "a service restored from before this run's last updates: send them again, go on without, or stop teaching",
         ("resend", "continue", "stop"),
     )
-    hypergradient: str = _flag("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
-    meta_every: int = _flag(4, "steps between meta-updates", least=1)
-    meta_first: int = _flag(48, "selection: first steps, which have a meta-update each", least=0)
-    meta_batch: int = _flag(16, "samples of the batch that a meta-update carries")
-    val_batch: int = _flag(8, "validation samples behind a cotangent", least=1)
-    schedule: str = _flag("online", "teach during training, or between stages of pinned weights", SCHEDULES)
-    stages: int = _flag(5, "stages of the staged schedule", least=1)
-    stage_updates: int = _flag(30, "meta-updates between two stages", least=1)
+    hypergradient: str = setting("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
+    meta_every: int = setting(4, "steps between meta-updates", least=1)
+    meta_first: int = setting(48, "selection: first steps, which have a meta-update each", least=0)
+    meta_batch: int = setting(16, "samples of the batch that a meta-update carries")
+    val_batch: int = setting(8, "validation samples behind a cotangent", least=1)
+    schedule: str = setting("online", "teach during training, or between stages of pinned weights", SCHEDULES)
+    stages: int = setting(5, "stages of the staged schedule", least=1)
+    stage_updates: int = setting(30, "meta-updates between two stages", least=1)
 
-    out: str = _flag("", "folder for everything that the run writes (default: runs/ and a name of its own)")
-    resume: bool = _flag(False, "continue the run in --out; its own settings are used where no flag is given")
-    overwrite: bool = _flag(False, "replace a run that is already in --out")
-    checkpoint_every: int = _flag(100, "steps between checkpoints", least=1)
-    eval_every: int = _flag(25, "steps between evaluations", least=1)
-    eval_samples: int = _flag(128, "samples of a split that an evaluation takes; the last one takes all", least=1)
-    replay_weights: str = _flag(
+    out: str = setting("", "folder for everything that the run writes (default: runs/ and a name of its own)")
+    resume: bool = setting(False, "continue the run in --out; its own settings are used where no flag is given")
+    overwrite: bool = setting(False, "replace a run that is already in --out")
+    checkpoint_every: int = setting(100, "steps between checkpoints", least=1)
+    eval_every: int = setting(25, "steps between evaluations", least=1)
+    eval_samples: int = setting(128, "samples of a split that an evaluation takes; the last one takes all", least=1)
+    replay_weights: str = setting(
         "",
         "train with the samples and weights that the run in this folder had, without a service; its settings are "
         "used where no flag is given",
     )
-    wandb: str = _flag("", "project of Weights & Biases that metrics go to, too")
-    eval_tasks: tuple[str, ...] = _flag((), "tasks of lm-evaluation-harness that the trained models are evaluated on")
-    eval_include: tuple[str, ...] = _flag((), "folders with task files (.yaml) for --eval-tasks")
-    dry_run: bool = _flag(False, "say what would happen, and train nothing")
-    device: str = _flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")
-    threads: int = _flag(1, "CPU threads of torch, 1 is fastest for the small presets; 0: torch's own choice", least=0)
+    wandb: str = setting("", "project of Weights & Biases that metrics go to, too")
+    eval_tasks: tuple[str, ...] = setting((), "tasks of lm-evaluation-harness that the trained models are evaluated on")
+    eval_include: tuple[str, ...] = setting((), "folders with task files (.yaml) for --eval-tasks")
+    dry_run: bool = setting(False, "say what would happen, and train nothing")
+    device: str = setting("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")
+    threads: int = setting(
+        1, "CPU threads of torch, 1 is fastest for the small presets; 0: torch's own choice", least=0
+    )
 
     def check(self) -> RunConfig:
         """This config. Raises InvalidArgument, naming the flag, where a value is out of range or two contradict."""
-        for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            least, most = f.metadata["least"], f.metadata["most"]
-            for item in value if isinstance(value, tuple) else (value,):
-                if choices and item not in choices:
-                    raise InvalidArgument(f"{flag(f.name)} is {item!r}, expected one of {', '.join(choices)}")
-            if least is not None and value < least:
-                raise InvalidArgument(f"{flag(f.name)} is {value}, expected {least} or more")
-            if most is not None and value > most:
-                raise InvalidArgument(f"{flag(f.name)} is {value}, expected at most {most}")
+        check_fields(self)
         if not 0 < self.lr <= 1:
             raise InvalidArgument(f"--lr is {self.lr}, expected more than 0 and at most 1")
         self._check_variants()
@@ -226,13 +216,7 @@ class RunConfig:
     @property
     def credentials(self) -> dict[str, Any]:
         """What `connect` shows the service; what is not given may be in the environment."""
-        return {
-            "token": Path(self.token_file) if self.token_file else None,
-            "ca": self.ca or None,
-            "cert": self.cert or None,
-            "key": self.key or None,
-            "insecure_token": self.insecure_token,
-        }
+        return credential_arguments(self)
 
     def cadence(self, variant: Variant) -> Cadence:
         """The steps in which the weighter of a variant is taught. Inside a batch it is not in a hurry."""
@@ -264,11 +248,6 @@ _OWN_OF_REPLAY = ("out", "replay_weights", "compare", *_ADDED)
 _FIXED_BY_RECORDS = ("seed", "batch_size", "seq_len", "candidates")
 
 
-def flag(name: str) -> str:
-    """The command-line flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     """The checked config of a command line (None: the process's own).
 
@@ -276,8 +255,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     in --out, with --replay-weights those of the run there, stand in for what is not given. Raises InvalidArgument where
     that contradicts them; argparse's own errors exit with code 2.
     """
-    given = vars(_parser().parse_args(arguments))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = given_flags(_parser(), arguments)
     file = given.pop("config", None)
     if file is not None:
         given = {**read_settings(Path(file), typing.get_type_hints(RunConfig)), **given}
@@ -301,19 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # so that a flag that is given can be told from a default
     )
     parser.add_argument("--config", help="file of settings, YAML or JSON, by the names of these flags; flags win")
-    hints = typing.get_type_hints(RunConfig)
-    for f in dataclasses.fields(RunConfig):
-        text, hint = f.metadata["help"].replace("%", "%%"), hints[f.name]
-        if hint is bool:
-            parser.add_argument(flag(f.name), action="store_true", help=text)
-            continue
-        if "default" not in text and f.default not in ("", ()):
-            default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
-            text += f" (default: {default})"
-        many = {"nargs": "+"} if hint not in (int, float, str) else {}
-        kind = hint if hint in (int, float) else str
-        choices = f.metadata["choices"] or None
-        parser.add_argument(flag(f.name), type=kind, choices=choices, help=text, **many)  # type: ignore[arg-type]
+    add_flags(parser, RunConfig)
     return parser
 
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer_client.flags import flag
 from trainer_client.ranks import Ranks
-from trainer_client.run.config import RunConfig, flag
+from trainer_client.run.config import RunConfig
 from trainer_client.run.forward import token_losses
 from trainer_client.run.methods.names import JUDGED
 from weighting_contract.errors import FailedPrecondition, InvalidArgument

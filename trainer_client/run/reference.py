@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,9 @@ def trained_reference(
         recipe: size and training; None: the defaults.
     """
     settings = _settings(config, task, recipe)
-    folder = _cache_folder(task, settings, cache_dir)
-    files = _cached(folder)
-    if files is None:
-        files = make_reference(
+
+    def train() -> dict[str, bytes]:
+        return make_reference(
             task.train,
             task.tokenizer,
             settings,
@@ -107,10 +107,8 @@ def trained_reference(
             device=device,
             progress=progress,
         ).files
-        try:
-            write_reference(folder, files, replace=True)
-        except (OSError, WeighbridgeError) as exc:
-            logger.warning("the reference could not be cached in %s (%s); the next run trains it again", folder, exc)
+
+    files = cached_or_trained(_cache_folder(task, settings, cache_dir), "reference", train)
     return _of_files(files, trained=True)
 
 
@@ -118,7 +116,7 @@ def cached_reference(
     config: RunConfig, task: Task, *, cache_dir: Path | None = None, recipe: ReferenceConfig | None = None
 ) -> RunReference | None:
     """What `trained_reference` would find in the cache, None where it would train."""
-    files = _cached(_cache_folder(task, _settings(config, task, recipe), cache_dir))
+    files = cached_files(_cache_folder(task, _settings(config, task, recipe), cache_dir), "reference")
     return None if files is None else _of_files(files, trained=True)
 
 
@@ -137,7 +135,9 @@ def _settings(config: RunConfig, task: Task, recipe: ReferenceConfig | None) -> 
 
 
 def _cache_folder(task: Task, settings: ReferenceConfig, cache_dir: Path | None) -> Path:
-    return (cache_dir or default_cache_dir()) / f"reference-{_key(task, settings)[:32]}"
+    names = ("size", "steps", "batch_size", "lr", "warmup_steps", "seed", "ngram_buckets")
+    key = cache_key(settings, names, task.tokenizer.checksum, task.train.tokens)
+    return (cache_dir or default_cache_dir()) / f"reference-{key}"
 
 
 def _of_files(files: dict[str, bytes], trained: bool = False) -> RunReference:
@@ -196,21 +196,39 @@ def _tokenizer(content: bytes, where: str) -> Tokenizer:
         raise InvalidArgument(f"{where}: tokenizer.json can't be read: {exc}") from exc
 
 
-def _key(task: Task, settings: ReferenceConfig) -> str:
-    """Of samples, tokenizer and everything else that decides the reference."""
-    chosen = ("size", "steps", "batch_size", "lr", "warmup_steps", "seed", "ngram_buckets")
-    values = {name: value for name, value in asdict(settings).items() if name in chosen}
-    digest = hashlib.sha256(f"{_CACHE_FORMAT}:{json.dumps(values, sort_keys=True)}:".encode())
-    digest.update(f"{task.tokenizer.checksum}:{task.train.tokens.dtype.str}:{task.train.tokens.shape}:".encode())
-    digest.update(np.ascontiguousarray(task.train.tokens).tobytes())
-    return digest.hexdigest()
+def cache_key(recipe: ReferenceConfig, names: Sequence[str], checksum: str, tokens: np.ndarray) -> str:
+    """Of everything that decides a model that is trained here.
+
+    Args:
+        names: of the recipe's settings that have a say.
+        checksum: of what it starts from, or reads its samples by.
+        tokens: its samples.
+    """
+    values = {name: value for name, value in asdict(recipe).items() if name in names}
+    about = f"{_CACHE_FORMAT}:{json.dumps(values, sort_keys=True)}:{checksum}:{tokens.dtype.str}:{tokens.shape}:"
+    digest = hashlib.sha256(about.encode())
+    digest.update(np.ascontiguousarray(tokens).tobytes())
+    return digest.hexdigest()[:32]
 
 
-def _cached(folder: Path) -> dict[str, bytes] | None:
+def cached_files(folder: Path, what: str) -> dict[str, bytes] | None:
+    """The files of a model in the cache; None where it is not there, or damaged, which is said."""
     if not folder.exists():
         return None
     try:
         return reference_files(folder)
     except InvalidArgument as exc:
-        logger.warning("the cached reference is damaged (%s); it is trained again", exc)
+        logger.warning("the cached %s is damaged (%s); it is trained again", what, exc)
         return None
+
+
+def cached_or_trained(folder: Path, what: str, train: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
+    """The files of a model in the cache, else of one that is trained and cached; where it can't be, that is said."""
+    files = cached_files(folder, what)
+    if files is None:
+        files = train()
+        try:
+            write_reference(folder, files, replace=True)
+        except (OSError, WeighbridgeError) as exc:
+            logger.warning("the %s could not be cached in %s (%s); the next run trains it again", what, folder, exc)
+    return files

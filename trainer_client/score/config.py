@@ -6,13 +6,12 @@ Knows nothing of corpora, files of a scoring or the service.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer_client.flags import add_flags, check_fields, credential_arguments, given_flags, setting
 from trainer_client.transports import check_url
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.spec import check_name
@@ -36,65 +35,53 @@ resuming:
 """
 
 
-def _flag(
-    default: Any, help: str, choices: Sequence[str] = (), least: float | None = None, required: bool = False
-) -> Any:
-    metadata = {"help": help, "choices": tuple(choices), "least": least, "required": required}
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
 class ScoreConfig:
     """Settings of a scoring."""
 
-    input: tuple[str, ...] = _flag(
+    input: tuple[str, ...] = setting(
         (), "the corpus: .jsonl, .jsonl.gz, .parquet or .txt files (one document), folders or globs", required=True
     )
-    output: str = _flag("", "the weights, a .parquet file with a row a document", required=True)
-    text_field: str = _flag("text", "field or column of a document's text")
-    id_field: str = _flag("", "field or column of a document's id (default: FILE:ROW)")
-    source_field: str = _flag("source", "field or column that says where a document is from; may be missing")
+    output: str = setting("", "the weights, a .parquet file with a row a document", required=True)
+    text_field: str = setting("text", "field or column of a document's text")
+    id_field: str = setting("", "field or column of a document's id (default: FILE:ROW)")
+    source_field: str = setting("source", "field or column that says where a document is from; may be missing")
 
-    weighter: str = _flag("embedded", "embedded, embedded:///STATE, grpc(s)://HOST:PORT or http(s)://HOST:PORT")
-    token_file: str = _flag("", "file of the service's token (default: the token in WEIGHBRIDGE_TOKEN, or none)")
-    ca: str = _flag("", "PEM file of the CA of the service's certificate (default: WEIGHBRIDGE_CA, or the usual ones)")
-    cert: str = _flag("", "PEM file of a certificate of one's own (default: WEIGHBRIDGE_CERT, or none)")
-    key: str = _flag("", "PEM file of its key (default: WEIGHBRIDGE_KEY)")
-    insecure_token: bool = _flag(False, "send the token unencrypted to another machine, where the network is trusted")
-    weighter_name: str = _flag("default", "name of the weighter")
-    weighter_from: str = _flag(
+    weighter: str = setting("embedded", "embedded, embedded:///STATE, grpc(s)://HOST:PORT or http(s)://HOST:PORT")
+    token_file: str = setting("", "file of the service's token (default: the token in WEIGHBRIDGE_TOKEN, or none)")
+    ca: str = setting(
+        "", "PEM file of the CA of the service's certificate (default: WEIGHBRIDGE_CA, or the usual ones)"
+    )
+    cert: str = setting("", "PEM file of a certificate of one's own (default: WEIGHBRIDGE_CERT, or none)")
+    key: str = setting("", "PEM file of its key (default: WEIGHBRIDGE_KEY)")
+    insecure_token: bool = setting(False, "send the token unencrypted to another machine, where the network is trusted")
+    weighter_name: str = setting("default", "name of the weighter")
+    weighter_from: str = setting(
         "", "make the weighter where it is missing (default: only with --weighter embedded)", ("pretaught",)
     )
-    reference: str = _flag("pretaught", "the reference that reads the documents: its name at the service, or a folder")
-    profile: str = _flag("", "file of a target profile (python -m trainer_client.profile)")
-    target: tuple[str, ...] = _flag((), "documents of the target, in place of --profile; files as for --input")
-    patience_s: float = _flag(3600.0, "seconds to wait for a service that is away; 0: for ever", least=0)
+    reference: str = setting(
+        "pretaught", "the reference that reads the documents: its name at the service, or a folder"
+    )
+    profile: str = setting("", "file of a target profile (python -m trainer_client.profile)")
+    target: tuple[str, ...] = setting((), "documents of the target, in place of --profile; files as for --input")
+    patience_s: float = setting(3600.0, "seconds to wait for a service that is away; 0: for ever", least=0)
 
-    batch: int = _flag(128, "documents that are weighed beside each other, about", least=2)
-    windows: int = _flag(4, "most windows of a document that are read", least=1)
-    shuffle: int = _flag(8192, "documents that are mixed before they are cut into batches, and kept at once", least=2)
-    seed: int = _flag(0, "of the mixing, and of --select resample", least=0)
-    statistics: bool = _flag(False, "also write the statistics that the weighter read, a column each")
+    batch: int = setting(128, "documents that are weighed beside each other, about", least=2)
+    windows: int = setting(4, "most windows of a document that are read", least=1)
+    shuffle: int = setting(8192, "documents that are mixed before they are cut into batches, and kept at once", least=2)
+    seed: int = setting(0, "of the mixing, and of --select resample", least=0)
+    statistics: bool = setting(False, "also write the statistics that the weighter read, a column each")
 
-    select: str = _flag("", "also write a share of the documents: the best, or drawn by weight", WAYS)
-    share: float = _flag(0.2, "of the documents that --select chooses")
-    selection: str = _flag("", "file of the selection, .jsonl, .jsonl.gz or .parquet (default: beside --output)")
+    select: str = setting("", "also write a share of the documents: the best, or drawn by weight", WAYS)
+    share: float = setting(0.2, "of the documents that --select chooses")
+    selection: str = setting("", "file of the selection, .jsonl, .jsonl.gz or .parquet (default: beside --output)")
 
-    resume: bool = _flag(False, "go on with a scoring that was interrupted, or select from a finished one")
-    overwrite: bool = _flag(False, "replace what is already there")
+    resume: bool = setting(False, "go on with a scoring that was interrupted, or select from a finished one")
+    overwrite: bool = setting(False, "replace what is already there")
 
     def check(self) -> ScoreConfig:
         """This config. Raises InvalidArgument, naming the flag, where a value is out of range or two contradict."""
-        for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), f.metadata["least"]
-            if f.metadata["choices"] and value not in ("", *f.metadata["choices"]):
-                raise InvalidArgument(
-                    f"{flag(f.name)} is {value!r}, expected one of {', '.join(f.metadata['choices'])}"
-                )
-            if least is not None and not value >= least:
-                raise InvalidArgument(f"{flag(f.name)} is {value}, expected {least} or more")
-            if f.metadata["required"] and not value:
-                raise InvalidArgument(f"{flag(f.name)} is missing: {f.metadata['help']}")
+        check_fields(self)
         if not self.output.endswith(".parquet"):
             raise InvalidArgument(f"--output is {self.output!r}, expected a file called *.parquet")
         if self.shuffle < self.batch:
@@ -135,13 +122,7 @@ class ScoreConfig:
     @property
     def credentials(self) -> dict[str, Any]:
         """What `connect` shows the service; what is not given may be in the environment."""
-        return {
-            "token": Path(self.token_file) if self.token_file else None,
-            "ca": self.ca or None,
-            "cert": self.cert or None,
-            "key": self.key or None,
-            "insecure_token": self.insecure_token,
-        }
+        return credential_arguments(self)
 
     @property
     def lasting(self) -> dict[str, Any]:
@@ -156,19 +137,12 @@ _LASTING = (
 )
 
 
-def flag(name: str) -> str:
-    """The command-line flag of a field."""
-    return "--" + name.removesuffix("_s").replace("_", "-")
-
-
 def parse(arguments: Sequence[str] | None = None) -> ScoreConfig:
     """The checked config of a command line (None: the process's own).
 
     Raises InvalidArgument for values that are out of range; argparse's own errors exit with code 2.
     """
-    given: dict[str, Any] = vars(_parser().parse_args(arguments))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return ScoreConfig(**given).check()
+    return ScoreConfig(**given_flags(_parser(), arguments)).check()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,27 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Score every document of a corpus with a weighter, and select from it.",
         epilog=_MEANING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    hints = typing.get_type_hints(ScoreConfig)
-    for f in dataclasses.fields(ScoreConfig):
-        text, hint = f.metadata["help"].replace("%", "%%"), hints[f.name]
-        if hint is bool:
-            parser.add_argument(flag(f.name), action="store_true", help=text)
-            continue
-        if "default" not in text and f.default not in ("", ()):
-            text += f" (default: {f.default})"
-        many: dict[str, Any] = {} if hint in (int, float, str) else {"nargs": "+"}
-        parser.add_argument(
-            flag(f.name),
-            dest=f.name,
-            default=f.default,
-            type=hint if hint in (int, float) else str,
-            choices=f.metadata["choices"] or None,
-            required=f.metadata["required"],
-            metavar=None if f.metadata["choices"] else _METAVARS.get(f.name, "TEXT" if hint is str else None),
-            help=text,
-            **many,
-        )
+    add_flags(parser, ScoreConfig, _METAVARS)
     return parser
 
 

@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from trainer_client.flags import flag
 from trainer_client.score.blocks import Block
-from trainer_client.score.config import flag
 from trainer_client.score.corpus import CorpusFile, FileState
 from trainer_client.score.weighing import BlockScores
 from weighting_contract.errors import AlreadyExists, FailedPrecondition, InvalidArgument

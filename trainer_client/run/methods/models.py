@@ -5,9 +5,6 @@ Knows how references are trained; nothing of what their losses are used for.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,16 +20,13 @@ from trainer_client.run.compute import training_flops
 from trainer_client.run.data import Progress, Samples
 from trainer_client.run.forward import sample_losses
 from trainer_client.run.models import build_model, count_parameters
-from trainer_client.run.reference import RunReference
+from trainer_client.run.reference import RunReference, cache_key, cached_or_trained
 from trainer_client.run.task import Task, to_tensor
 from trainer_client.run.tokenizer import default_cache_dir
-from weighting_contract.errors import InvalidArgument, WeighbridgeError
-from weighting_contract.reference import check_reference, reference_files, write_reference
-
-logger = logging.getLogger(__name__)
+from weighting_contract.errors import InvalidArgument
+from weighting_contract.reference import check_reference
 
 TUNING = ReferenceConfig(steps=100, lr=4e-3, warmup_steps=10)  # twice the steps found the built-in target no better
-_CACHE_FORMAT = 1  # part of the key: raise it when training changes
 _SAMPLES_AT_ONCE = 256
 _REPORT_EVERY = 8
 
@@ -77,14 +71,11 @@ def tuned_model(
     files = _files(reference)
     tokens = task.profile_tokens[:, : reference.seq_len + 1]
     batch_size = min(recipe.batch_size, len(tokens))
-    folder = (cache_dir or default_cache_dir()) / f"tuned-{_key(reference, recipe, tokens)[:32]}"
-    tuned = _cached(folder)
-    if tuned is None:
-        tuned = _tuned(task, files, tokens, recipe, batch_size, device, progress)
-        try:
-            write_reference(folder, tuned, replace=True)
-        except (OSError, WeighbridgeError) as exc:
-            logger.warning("the tuned model could not be cached in %s (%s); the next run tunes it again", folder, exc)
+    names = ("steps", "batch_size", "lr", "warmup_steps", "seed", "ngram_buckets")
+    folder = (cache_dir or default_cache_dir()) / f"tuned-{cache_key(recipe, names, reference.checksum, tokens)}"
+    tuned = cached_or_trained(
+        folder, "tuned model", lambda: _tuned(task, files, tokens, recipe, batch_size, device, progress)
+    )
     labels = recipe.steps * batch_size * (tokens.shape[1] - 1)
     return _loaded(tuned, training_flops(reference.parameters, labels))
 
@@ -155,23 +146,3 @@ def _tuned(
 
 def _with(recipe: ReferenceConfig, *, size: str, batch_size: int) -> ReferenceConfig:
     return ReferenceConfig(**{**asdict(recipe), "size": size, "batch_size": batch_size})
-
-
-def _key(reference: RunReference, recipe: ReferenceConfig, tokens: np.ndarray) -> str:
-    """Of everything that decides the tuned model."""
-    chosen = ("steps", "batch_size", "lr", "warmup_steps", "seed", "ngram_buckets")
-    values = {name: value for name, value in asdict(recipe).items() if name in chosen}
-    digest = hashlib.sha256(f"{_CACHE_FORMAT}:{json.dumps(values, sort_keys=True)}:{reference.checksum}:".encode())
-    digest.update(f"{tokens.dtype.str}:{tokens.shape}:".encode())
-    digest.update(np.ascontiguousarray(tokens).tobytes())
-    return digest.hexdigest()
-
-
-def _cached(folder: Path) -> dict[str, bytes] | None:
-    if not folder.exists():
-        return None
-    try:
-        return reference_files(folder)
-    except InvalidArgument as exc:
-        logger.warning("the cached tuned model is damaged (%s); it is tuned again", exc)
-        return None
