@@ -157,7 +157,8 @@ def soak(
             trainer.live(death)
             on_life(trainer)
         trainer.begin()
-        trainer.teach(updates)
+        # One more at least: it is the update that was under way at the last death, perhaps in the log without an answer.
+        trainer.teach(max(updates, len(trainer.positions) + 1))
         twice = service.stub.GetWeighter(pb.GetWeighterRequest(name=WEIGHTER)).position - len(trainer.positions)
         lost = trainer.audit()
         left = Remains.of(service)

@@ -95,7 +95,7 @@ class FaultyProxy:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _set(self, fault: Fault) -> None:
@@ -111,35 +111,43 @@ class FaultyProxy:
     async def _end(self) -> None:
         if self._server is not None:
             self._server.close()
+        await asyncio.sleep(0)  # connections that were accepted just now come to `_accept`
         self._abort_all()
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._abort_all()  # of ends that came meanwhile
+        await asyncio.sleep(0)  # aborted transports close their sockets
 
     def _abort_all(self) -> None:
         for connection in self._open:
             connection.abort()
 
-    async def _serve(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    def _accept(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
+        """Not a coroutine: a task that is cancelled before its first line would leave the connection to nobody."""
         self.connections += 1
         connection = _Connection([near])
         self._open.add(connection)
-        try:
-            if self._fault is not Fault.DROP:
-                with contextlib.suppress(OSError, asyncio.CancelledError):
-                    far_reader, far = await asyncio.open_connection("127.0.0.1", self.target_port)
-                    connection.ends.append(far)
-                    await asyncio.gather(
-                        self._pump(connection, reader, far, answers=False),
-                        self._pump(connection, far_reader, near, answers=True),
-                    )
-        finally:
-            connection.abort()
-            self._open.discard(connection)
-            self._tasks.discard(task)
+        task = self._loop.create_task(self._serve(connection, reader, near))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self._gone(connection))
+
+    def _gone(self, connection: _Connection) -> None:
+        connection.abort()
+        self._open.discard(connection)
+
+    async def _serve(self, connection: _Connection, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
+        if self._fault is Fault.DROP:
+            return
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            far_reader, far = await asyncio.open_connection("127.0.0.1", self.target_port)
+            connection.ends.append(far)
+            await asyncio.gather(
+                self._pump(connection, reader, far, answers=False),
+                self._pump(connection, far_reader, near, answers=True),
+            )
 
     async def _pump(
         self, connection: _Connection, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool
