@@ -22,7 +22,7 @@ define require_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo pretaught test faults ranks resume fuzz check audit format protos protos-check bench learning soak serve wheel clean
+.PHONY: help venv demo pretaught test faults ranks resume fuzz check audit format protos protos-check bench learning sharing soak serve wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -106,6 +106,9 @@ bench: $(STAMP) ## measure latency, overhead, memory, durability, replay and fai
 
 learning: $(STAMP) ## learned weights against the alternatives; about 4 hours on 2 CPU cores (ARGS=--quick: 20 minutes)
 	$(BIN)/python -m benchmarks.learning $(ARGS)
+
+sharing: $(STAMP) ## one weighter for several jobs, a larger model, reduced pools; 40 minutes on 2 CPU cores
+	$(BIN)/python -m benchmarks.learning.sharing $(ARGS)
 
 soak: $(STAMP) ## kill the service 100 times while it learns and compare it with a twin; at most 15 minutes
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -27,14 +27,15 @@ from trainer_client import Client, Job, Limits, Timeouts, connect
 from trainer_client.cadence import Cadence
 from trainer_client.features import FEATURE_NAMES, batch_features
 from trainer_client.hypergradient import cotangent
-from trainer_client.loss import per_sample_loss, weighted_loss
+from trainer_client.loss import causal_token_losses, per_sample_loss, weigh_gradient
+from trainer_client.run.forward import sample_losses
 from trainer_client.run.models import build_model
 from trainer_client.select import Selector
 from weighting_contract.errors import Unavailable
 
 VOCABULARY, TOKENS, BATCH, CANDIDATES, AHEAD, PROBES = 1024, 64, 32, 5, 2, 4
-TAUGHT, VALIDATION, LEARNING_RATE = 16, 8, 2e-3
-BLOCK = 16  # steps: four of them are taught
+TAUGHT, VALIDATION, LEARNING_RATE = 12, 4, 2e-3
+BLOCK = 20  # steps: four of them are taught
 GOALS = {"frozen": 0.02, "learn": 0.08}
 PATIENT = Timeouts(score_s=60, meta_update_s=60, admin_s=60, close_s=60)
 CADENCE = Cadence(first=0)
@@ -48,7 +49,7 @@ def main() -> int:
     print(describe())
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        service, port, _ = start_service(Path(folder) / "state")
+        service, port, _ = start_service(Path(folder) / "state", "--cached-samples", "0")  # every candidate is new
         try:
             url, limits = f"grpc://127.0.0.1:{port}", Limits(breaker_period_s=0.5, breaker_max_period_s=0.5)
             with connect(url, timeouts=PATIENT, limits=limits, on_failure="raise") as client:
@@ -105,30 +106,27 @@ class Training:
             self.step += 1
 
     def train(self, tokens: torch.Tensor) -> None:
-        losses = self.losses(tokens)
-        weights = self.weights(tokens, losses.detach())
+        logits = self.model(input_ids=tokens[:, :-1]).logits
+        losses, _ = causal_token_losses(logits, tokens)
+        self.weigh(tokens, logits, losses.detach())
+        del logits
         self.optimizer.zero_grad(set_to_none=True)
-        weighted_loss(per_sample_loss(losses), weights).backward()
+        per_sample_loss(losses).mean().backward()
         self.teach(tokens, losses.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
-    def weights(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-        return torch.ones(len(tokens))
+    def weigh(self, tokens: torch.Tensor, logits: torch.Tensor, losses: torch.Tensor) -> None:
+        pass
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         pass
-
-    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, T] nats."""
-        logits = self.model(input_ids=tokens[:, :-1]).logits
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
     def cotangent(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
         """[TAUGHT] of the first samples, as the demo computes it."""
         return cotangent(
             self.model,
-            lambda model, batch: per_sample_loss(self.losses(batch)),
+            sample_losses,
             tokens[:TAUGHT],
             samples(10**6 + self.step, VALIDATION),
             learning_rate=LEARNING_RATE,
@@ -138,7 +136,7 @@ class Training:
 
 
 class Weighting(Training):
-    """The samples of each batch are weighted by statistics of their losses."""
+    """The samples of each batch are weighted by statistics of their losses; weights come in the backward pass."""
 
     def __init__(self, size: str, client: Client, role: Any) -> None:
         super().__init__(size)
@@ -148,10 +146,10 @@ class Weighting(Training):
         self.unigram_nll = torch.full((VOCABULARY,), float(np.log(VOCABULARY)))
         self.features = torch.zeros(0)
 
-    def weights(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    def weigh(self, tokens: torch.Tensor, logits: torch.Tensor, losses: torch.Tensor) -> None:
         self.features = batch_features(losses, self.unigram_nll[tokens[:, 1:]])
-        weights: torch.Tensor = self.job.score(self.features, self.step).weights
-        return weights
+        pending = self.job.score_soon(self.features, self.step)
+        weigh_gradient(logits, lambda: pending.result().weights)
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         if self.learns and CADENCE.due(self.step):

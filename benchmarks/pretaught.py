@@ -11,7 +11,6 @@ for the other's lesson, so equal commands give equal files.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -32,27 +31,30 @@ from trainer_client.reference.train import make_reference
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import Progress
 from trainer_client.run.forward import sample_losses, token_losses
-from trainer_client.run.loop import build_optimizer, learning_rate, optimise
 from trainer_client.run.models import build_model
+from trainer_client.run.optimiser import build_optimizer, learning_rate, optimise
 from trainer_client.run.progress import preparing
 from trainer_client.run.session import SELECT_SPEC
 from trainer_client.run.task import Task, build_task
 from trainer_client.select import Selector
+from weighting_contract.export import CARD, TENSORS, build_export, check_export, write_export
 from weighting_contract.profile import make_profile
 from weighting_contract.reference import check_reference, read_counts, write_reference
 
 NAME, REFERENCE = "taught", "pool"
 CPU = torch.device("cpu")
-TAUGHT, VALIDATION = 16, 8  # samples behind a cotangent
+TAUGHT, VALIDATION = 16, 8  # samples behind a cotangent: more than in a run, as it is taught once for all
+TAUGHT_EVERY, TAUGHT_FIRST = 4, 48
+TAUGHT_AS = replace(SELECT_SPEC, learning=replace(SELECT_SPEC.learning, settle_after=0))  # it has two teachers
 # Once it knows something, smaller steps lose less of it.
-USED_AS = replace(SELECT_SPEC, learning=replace(SELECT_SPEC.learning, learning_rate=3e-4))
+USED_AS = replace(TAUGHT_AS, learning=replace(TAUGHT_AS.learning, learning_rate=3e-4))
 
 
 class Teacher:
     """A small model that is pretrained by selection towards one target, and teaches the shared weighter."""
 
     def __init__(self, client: Client, task: Task, config: RunConfig, reference: dict[str, bytes]) -> None:
-        self._task, self._config, self._cadence = task, config, Cadence()
+        self._task, self._config, self._cadence = task, config, Cadence(TAUGHT_EVERY, TAUGHT_FIRST)
         self._model = build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed).eval()
         self._optimizer = build_optimizer(self._model, config)
         info = check_reference(reference, "the reference")
@@ -119,9 +121,7 @@ def main() -> int:
         reference = train_reference(tasks[0], progress)
         weighter = teach(tasks, reference, progress)
     write_reference(given.out / "reference", reference, replace=True)
-    for name, content in weighter.items():
-        (given.out / "weighter").mkdir(parents=True, exist_ok=True)
-        (given.out / "weighter" / name).write_bytes(content)
+    write_export(given.out / "weighter", weighter)
     print(f"{given.out} holds the weighter and its reference; now: python -m benchmarks.select --check")
     return 0
 
@@ -156,7 +156,7 @@ def teach(tasks: list[tuple[RunConfig, Task]], reference: dict[str, bytes], prog
     steps = tasks[0][0].steps
     with connect("embedded") as client, tempfile.TemporaryDirectory() as export:
         client.put_reference(REFERENCE, reference)
-        client.create_weighter(NAME, SELECT_SPEC)
+        client.create_weighter(NAME, TAUGHT_AS)
         teachers = [Teacher(client, task, config, reference) for config, task in tasks]
         for step in range(steps):
             for teacher in teachers:
@@ -169,9 +169,8 @@ def teach(tasks: list[tuple[RunConfig, Task]], reference: dict[str, bytes], prog
             teacher.close()
         folder = client.export_weighter(NAME, export)
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    config = json.loads(files["config.json"])
-    files["config.json"] = (json.dumps({**config, "spec": USED_AS.to_dict()}, indent=2) + "\n").encode()
-    return files
+    position = check_export(files, NAME).position
+    return build_export(USED_AS, files[TENSORS], files[CARD].decode(), position=position)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from weighting_service.follower import Follower
 from weighting_service.snapshots import SnapshotStore
 from weighting_service.states import Hosted, States
 from weighting_service.update_log import SqliteUpdateLog, UpdateLog
-from weighting_service.weighter import load_weighter
+from weighting_service.weighter import Weighter
 
 SAMPLES = (16, 256)  # an update
 JOBS, SNAPSHOT_EVERY = 4, 200
@@ -54,7 +54,7 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(describe())
-    packaged = load_weighter(pretaught.weighter_folder()).spec
+    packaged = Weighter.from_pretrained(pretaught.weighter_folder()).spec
     weighters = (("fresh", SELECT_SPEC, ""), (pretaught.NAME, packaged, pretaught.NAME))
     for samples, (name, spec, initial) in itertools.product(SAMPLES, weighters):
         with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,8 @@ def main() -> int:
 def measure(folder: Path, spec: WeighterSpec, initial: str, samples: int, updates: int, rounds: int) -> list[Round]:
     record = WeighterRecord("weighter", "a" * 32, spec, created_unix_ms=0, initial=initial)
     with SqliteUpdateLog(folder / "log.sqlite") as log:
-        States(log, SnapshotStore(folder / "0"), device=torch.device("cpu"), models_dir=None).create(record)
+        states = States(log, SnapshotStore(folder / "0"), device=torch.device("cpu"), models_dir=None)
+        states.create(record, states.packaged_files() if initial else None)
         write(log, record, samples, updates)
         return [replay(log, folder, record, number) for number in range(1, rounds + 1)]
 

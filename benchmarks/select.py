@@ -90,12 +90,26 @@ def jobs(corpora: dict[str, tuple[str, ...]], clean: tuple[str, ...], out: Path)
     for seed in CLEAN_SEEDS:
         found.append(Job(f"clean-{seed}", (*clean, "--seed", str(seed), "--compare", "uniform")))
         found.append(Job(f"clean-{seed}-even", (*clean, "--seed", str(seed), "--select-min-share", "1")))
+    lender = f"builtin-{SEEDS[0]}"
+    for seed in SEEDS[1:] if corpora else ():  # one job after the other teaches the weighter that is lent
+        name = f"builtin-taught-{seed}"
+        found.append(Job(name, ("--seed", str(seed), *scratch, *state_flags(out, name)), after=lender))
+        lender = name
     for name, flags in corpora.items():
         found.append(Job(f"{name}-0", (*flags, "--compare", "uniform", "dsir")))
-        taught = ("--role", "frozen", *scratch, "--weighter", f"embedded://{(out / f'{name}-taught-state').resolve()}")
-        found.append(Job(f"{name}-taught", (*flags, *taught), after="builtin-0"))
+        lent = ("--role", "frozen", *scratch, *state_flags(out, f"{name}-taught"))
+        found.append(Job(f"{name}-taught", (*flags, *lent), after=lender))
         found.append(Job(f"{name}-frozen", (*flags, "--role", "frozen")))
     return found
+
+
+def state_flags(out: Path, name: str) -> tuple[str, str]:
+    """Of a job whose weighters lie in a folder of their own, to be lent to it and by it."""
+    return "--weighter", f"embedded://{state_folder(out, name).resolve()}"
+
+
+def state_folder(out: Path, name: str) -> Path:
+    return out / f"{name}-state"
 
 
 def run_all(todo: list[Job], out: Path, processes: int, console: Console) -> None:
@@ -106,7 +120,7 @@ def run_all(todo: list[Job], out: Path, processes: int, console: Console) -> Non
         def run(job: Job) -> None:
             task = bar.add_task(job.name)
             if job.after:
-                lend_weighter(out / job.after, out / f"{job.name}-state")
+                lend_weighter(out, job.after, job.name)
             command = [sys.executable, "-m", "trainer_client.run", *job.flags, "--out", str(out / job.name)]
             done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True)
             if done.returncode:
@@ -116,14 +130,18 @@ def run_all(todo: list[Job], out: Path, processes: int, console: Console) -> Non
                 console.print(f"{job.name}: done", highlight=False)
 
         with ThreadPoolExecutor(processes) as pool:
-            for wave in ([j for j in todo if not j.after], [j for j in todo if j.after]):
+            while todo:
+                waiting = {job.name for job in todo}
+                wave = [job for job in todo if job.after not in waiting]
+                todo = [job for job in todo if job.after in waiting]
                 list(pool.map(run, wave))
 
 
-def lend_weighter(taught_by: Path, state: Path) -> None:
-    """A copy of the weighters of a finished job: frozen jobs leave what they read as it is, but for their trust."""
-    shutil.rmtree(state, ignore_errors=True)
-    shutil.copytree(taught_by / "weighters", state)
+def lend_weighter(out: Path, taught_by: str, name: str) -> None:
+    """A copy of the weighters of a finished job: the next ones leave them as they are."""
+    shutil.rmtree(state_folder(out, name), ignore_errors=True)
+    own = state_folder(out, taught_by)
+    shutil.copytree(own if own.is_dir() else out / taught_by / "weighters", state_folder(out, name))
 
 
 def measured(out: Path, corpora: dict[str, tuple[str, ...]]) -> Iterator[Figure]:

@@ -157,7 +157,7 @@ def soak(
             trainer.live(death)
             on_life(trainer)
         trainer.begin()
-        # One more at least: it is the update that was under way at the last death, perhaps in the log without an answer.
+        # One more at least: the update under way at the last death, which is perhaps in the log without an answer.
         trainer.teach(max(updates, len(trainer.positions) + 1))
         twice = service.stub.GetWeighter(pb.GetWeighterRequest(name=WEIGHTER)).position - len(trainer.positions)
         lost = trainer.audit()

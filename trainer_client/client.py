@@ -7,7 +7,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -21,6 +21,7 @@ from trainer_client.link import JobLink, OlderService
 from trainer_client.settings import Limits, Timeouts
 from trainer_client.transports import Transport, is_embedded, open_transport
 from weighting_contract.errors import Internal, InvalidArgument, WeighbridgeError
+from weighting_contract.export import PRETAUGHT, export_files, write_export
 from weighting_contract.spec import WeighterSpec
 
 if TYPE_CHECKING:  # needs torch
@@ -104,13 +105,24 @@ class Client:
         self._jobs: list[Job] = []
 
     def create_weighter(
-        self, name: str, spec: WeighterSpec | dict[str, Any] | None = None, exist_ok: bool = True, initial: str = ""
+        self,
+        name: str,
+        spec: WeighterSpec | dict[str, Any] | None = None,
+        exist_ok: bool = True,
+        initial: StrPath = "",
     ) -> pb.Weighter:
-        """A weighter of this name and spec, made where it is missing. AlreadyExists where another spec has the name.
+        """A weighter of this name and spec, made where it is missing.
 
         Args:
-            spec: what it reads and how it is built; None: that of `initial`.
-            initial: "pretaught" starts from the weighter that comes with the service, "" from fresh parameters.
+            spec: what it reads and how it is built; None: that of `initial`. A dict that says nothing of inputs changes
+                single values of that, such as {"learning": {"learning_rate": 1e-4}}.
+            initial: "pretaught" starts from the weighter that comes with the service, "" from fresh parameters; any
+                other text or path is the folder of an exported weighter, whose parameters it starts from.
+
+        Raises:
+            AlreadyExists: the name belongs to a weighter of another spec or beginning.
+            InvalidArgument: a folder that holds no whole export, before anything is sent; or a spec that its parameters
+                don't fit.
         """
         weighter: pb.Weighter = self._call("CreateWeighter", _creation(name, spec, exist_ok, initial))
         return weighter
@@ -148,16 +160,19 @@ class Client:
         return response
 
     def export_weighter(self, name: str, folder: str | Path) -> Path:
-        """Writes the weighter at its applied position into `folder`, made where it is missing; returns the folder."""
+        """Writes the weighter at its applied position into `folder`, made where it is missing; returns the folder.
+
+        `create_weighter` and `open_job` take it as `initial`, `Weighter.from_pretrained` loads it. An export that is
+        there is replaced as a whole, other files are left alone.
+
+        Raises:
+            Internal: what the service sent is no whole export; nothing was written.
+        """
         files: dict[str, bytes] = dict(self._call("ExportWeighter", pb.ExportWeighterRequest(name=name)).files)
-        for file in files:
-            if file != PurePosixPath(file).name or file in ("", ".", "..") or "\\" in file:
-                raise Internal(f"the service exports a file called {file!r}, which is not a plain file name")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            (folder / file).write_bytes(content)
-        return folder
+        try:
+            return write_export(folder, files)
+        except InvalidArgument as exc:
+            raise Internal(f"the service sent no whole export of {name!r}: {exc.message}") from exc
 
     def watch_weighter(self, name: str) -> Iterator[pb.Weighter]:
         """The weighter now, and again whenever its applied position moves; blocks in between, without end."""
@@ -210,7 +225,7 @@ class Client:
         weighter: str = "default",
         role: Literal["learn", "frozen"] = "learn",
         spec: WeighterSpec | dict[str, Any] | None = None,
-        initial: str = "",
+        initial: StrPath = "",
         feature_names: Sequence[str] | None = None,
         read_your_writes: bool = True,
         reference: str = "",
@@ -310,9 +325,18 @@ class Client:
 
 
 def _creation(
-    name: str, spec: WeighterSpec | dict[str, Any] | None, exist_ok: bool, initial: str
+    name: str, spec: WeighterSpec | dict[str, Any] | None, exist_ok: bool, initial: StrPath
 ) -> pb.CreateWeighterRequest:
+    initial = os.fspath(initial)
     if spec is None and not initial:
         raise InvalidArgument("neither spec nor initial is given: say what the weighter reads, or initial='pretaught'")
-    message = None if spec is None else wire.spec_message(spec)
-    return pb.CreateWeighterRequest(name=name, spec=message, exist_ok=exist_ok, initial=initial)
+    request = pb.CreateWeighterRequest(name=name, exist_ok=exist_ok)
+    if initial and isinstance(spec, dict) and not ("features" in spec or "tokens" in spec):
+        request.spec.CopyFrom(wire.spec_changes(spec))
+    elif spec is not None:
+        request.spec.CopyFrom(wire.spec_message(spec))
+    if initial in ("", PRETAUGHT):
+        request.initial = initial
+    else:
+        request.files.update(export_files(initial))
+    return request

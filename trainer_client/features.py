@@ -42,23 +42,23 @@ def batch_features(
             is made of.
     """
     device = token_losses.device
-    mask = torch.ones_like(token_losses, dtype=torch.bool) if mask is None else mask.to(device)
+    mask = None if mask is None else mask.to(device)
     return batch_columns(
         raw_statistics(token_losses, unigram_nll.to(device), mask),
         names,
         tokens=None if tokens is None else tokens.to(device),
-        mask=None if tokens is None else _token_mask(tokens, mask),
+        mask=None if tokens is None else _token_mask(tokens, token_losses.shape, mask),
         table=None if profile is None else profile.to(device),
     )
 
 
-def _token_mask(tokens: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] or [B, T+1] bool, as the tokens: a sample's first token has no loss, but is real."""
-    rows, places = mask.shape
-    if tokens.shape == (rows, places):
+def _token_mask(tokens: Tensor, shape: torch.Size, mask: Tensor | None) -> Tensor | None:
+    """[B, T] or [B, T+1] bool, as the tokens: a sample's first token has no loss, but is real. `shape`: [B, T]."""
+    rows, places = shape
+    if tokens.shape == shape:
         return mask
     if tokens.shape == (rows, places + 1):
-        return torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+        return None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
     raise InvalidArgument(
         f"tokens have shape {list(tokens.shape)}, expected [{rows}, {places}] as the losses, or one place more"
     )

@@ -9,20 +9,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-import numpy as np
-
 from protos.weighting.v1 import weighting_pb2 as pb
 from trainer_client import wire
+from trainer_client.asking import Asking, Scores
 from trainer_client.counters import Counters, Tally, unexpected
-from trainer_client.link import Deadline, JobLink
+from trainer_client.link import Deadline, JobLink, checked_state
+from trainer_client.pending import Background, Pending, finished
 from trainer_client.sender import Sender
 from trainer_client.settings import Limits, Timeouts
 from weighting_contract.errors import (
-    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     WeighbridgeError,
@@ -32,18 +32,7 @@ OnFailure = Literal["uniform", "raise"]
 Estimator = Literal["vjp", "score_function"]
 Answer = TypeVar("Answer")
 
-
-@dataclass(frozen=True)
-class Scores:
-    """What `Job.score` answers for B samples; torch tensors on the inputs' device where these were torch tensors."""
-
-    weights: Any  # [B] float32, mean 1
-    position: int  # of the weighter that scored; on a fallback the last one known
-    effective_sample_size: float  # (sum w)^2 / sum w^2, in samples
-    fallback: bool  # uniform weights, as the weighter could not be asked
-    logits: Any  # [B] float32, before trust, temperature and guard; on a fallback 0
-    statistics: Any = None  # [B, F] float32, columns as in the weighter's spec; None: not asked for, or a fallback
-    trust: float = 0.0  # the factor in [0, 1] that was on the logits; on a fallback 0
+__all__ = ["Estimator", "Job", "OnFailure", "Scores"]
 
 
 class Job:
@@ -60,15 +49,14 @@ class Job:
     ) -> None:
         self._link = link
         self._timeouts = timeouts
-        self._limits = limits
-        self._patient_at = 0.0  # from when on a score waits for updates that are not acknowledged
         self._on_failure = on_failure
-        self._read_your_writes = read_your_writes
         self._tally = Tally()
         self._before_close: list[Callable[[], None]] = []
         self._close_lock = threading.Lock()
         self._closed = False
         self._sender = Sender(link, timeouts, limits, self._tally)
+        self._asking = Asking(link, self._sender, timeouts, limits, read_your_writes)
+        self._background = Background(f"weighbridge-score-{link.job_id}")
 
     @property
     def job_id(self) -> str:
@@ -122,10 +110,8 @@ class Job:
     ) -> Scores:
         """Weights for the batch of an optimiser step; returns when they are there, or can't be.
 
-        There is no second form that returns at once. What a weighter reads of the trainer's losses is known when the
-        forward pass ends, and the backward pass begins with the weighted loss, so its weights; only what depends on
-        neither may overlap (the next batch's way to the device), and a loop that prepares that ahead has the overlap.
-        Weights by tokens alone are fetched ahead instead: `trainer_client.select`.
+        `score_soon` is the same and returns at once. Weights by tokens alone are fetched ahead of their step instead:
+        `trainer_client.select`.
 
         Args:
             features: [B, F] floating, columns as in `feature_names`, or as in the weighter's spec.
@@ -150,11 +136,48 @@ class Job:
 
         def score() -> Scores:
             scores = self.ask(batch, step, min_position, min_effective_share, return_statistics)
-            weights, logits, statistics = map(batch.like, (scores.weights, scores.logits, scores.statistics))
             self._tally.add("scored")
-            return replace(scores, weights=weights, logits=logits, statistics=statistics)
+            return scores.like(batch)
 
-        return self._guarded("score", "score_seconds", score, lambda exc: self._fallback(batch, step, exc))
+        return self._guarded("score", "score_seconds", score, partial(self._fallback, batch, step))
+
+    def score_soon(
+        self,
+        features: Any = None,
+        step: int = 0,
+        *,
+        hidden: Any = None,
+        tokens: Any = None,
+        lengths: Any = None,
+        texts: Any = None,
+        min_position: int | None = None,
+        min_effective_share: float | None = None,
+        return_statistics: bool = False,
+    ) -> Pending[Scores]:
+        """`score` that returns at once; `result()` of what it returns waits for the answer, or what takes its place.
+
+        Calls go out one after the other, from a thread of the job; the inputs are read before this returns. Weights are
+        needed where the backward pass has left the loss: `trainer_client.loss.weigh_gradient` takes them there. A
+        meta-update waits for the calls before it, so that their weights never come from it.
+
+        Args, Returns, Raises: as of `score`; errors are raised here or by `result()`.
+        """
+        batch = wire.Batch(features, hidden, tokens, lengths, texts)
+        otherwise = partial(self._fallback, batch, step)
+
+        def send() -> Future[Scores]:
+            request = self._request(batch, step, min_effective_share, return_statistics)
+
+            def score() -> Scores:
+                self._check_open()
+                scores = self._asking.send(batch, request, min_position)
+                self._tally.add("scored")
+                return scores.like(batch)
+
+            return self._background.submit(lambda: self._guarded("score", "ahead_seconds", score, otherwise))
+
+        future = self._guarded("score", "score_seconds", send, lambda exc: finished(partial(otherwise, exc)))
+        return Pending(future, lambda seconds: self._tally.add("score_seconds", seconds))
 
     def meta_update(
         self,
@@ -188,6 +211,7 @@ class Job:
         batch = wire.Batch(features, hidden, tokens, lengths, texts)
 
         def teach() -> None:
+            self._background.wait()
             self._raise_background_error()
             self._tally.add("updates_sent")
             request = self._update_request(batch, cotangent, step, scored_position, estimator, update_id)
@@ -220,6 +244,7 @@ class Job:
             if self._closed:
                 return
             self._closed = True
+        self._background.close(deadline.left_s())
         self._sender.wait(deadline.left_s(), until=lambda: self._link.away)
         call_s = self._timeouts.score_s if self._link.away else self._timeouts.close_s
         self._sender.stop(min(deadline.left_s(), call_s))
@@ -247,7 +272,7 @@ class Job:
                 the checkpoint. Where that is found only later, as it is away now, `failure` says it.
             WeighbridgeError: with `on_failure="raise"`, where the job can't be attached.
         """
-        job_id, last_step, last_position = _check_state(state)
+        job_id, last_step, last_position = checked_state(state)
         if job_id != self._link.job_id:
             deadline = Deadline(self._timeouts.close_s)
             self._sender.wait(deadline.left_s(), until=lambda: not self._link.usable)
@@ -307,36 +332,15 @@ class Job:
         return_statistics: bool = False,
     ) -> Scores:
         """`score` in numpy that counts nothing, and raises WeighbridgeError whatever `on_failure` says."""
-        self._raise_background_error()
-        self._check_open()
-        try:
-            self._link.check()
-            deadline = Deadline(self._timeouts.score_s)
-            request = pb.ScoreRequest(
-                job_id=self._link.job_id,
-                step=step,
-                inputs=batch.message(),
-                min_effective_share=min_effective_share,
-                return_statistics=return_statistics,
-            )
-            request.min_position = self._own_position(deadline) if min_position is None else min_position
-            response: pb.ScoreResponse = self._link.call("Score", request, deadline.left_s())
-            answer = wire.read_scores(response, batch.rows() or 0)
-        except WeighbridgeError:
-            self._sender.wake()  # the breaker may have opened: the thread looks for the service from now on
-            raise
-        self._link.heard(response.position)
-        return Scores(
-            weights=answer.weights,
-            position=response.position,
-            effective_sample_size=response.effective_sample_size,
-            fallback=False,
-            logits=answer.logits,
-            statistics=answer.statistics,
-            trust=response.trust,
-        )
+        request = self._request(batch, step, min_effective_share, return_statistics)
+        return self._asking.send(batch, request, min_position)
 
     # ---- Inside -----------------------------------------------------------------------------------------------------
+
+    def _request(self, batch: wire.Batch, *settings: Any) -> pb.ScoreRequest:
+        self._raise_background_error()
+        self._check_open()
+        return self._asking.request(batch, *settings)
 
     def _guarded(
         self, method: str, seconds: str, work: Callable[[], Answer], otherwise: Callable[[WeighbridgeError], Answer]
@@ -352,29 +356,12 @@ class Job:
         finally:
             self._tally.add(seconds, time.perf_counter() - started)
 
-    def _own_position(self, deadline: Deadline) -> int:
-        """Position of the last own update, once all that are outstanding have one."""
-        if not self._read_your_writes:
-            return 0
-        # Who waited in vain waits again only after a while: a backlog costs no deadline a step. The breaker stays
-        # closed, or the backlog would never be delivered.
-        patient = time.monotonic() >= self._patient_at
-        wait_s = deadline.left_s() if patient else 0.0
-        if not self._sender.wait(wait_s, until=lambda: not self._link.usable):
-            self._link.check()
-            if patient:
-                self._patient_at = time.monotonic() + self._limits.breaker_period_s
-            raise DeadlineExceeded("earlier meta-updates of this job were not acknowledged in time")
-        return self._link.last_position
-
     def _fallback(self, batch: wire.Batch, step: int, exc: WeighbridgeError) -> Scores:
         if self._on_failure == "raise":
             raise exc
         self._tally.fallback(exc.code)
         self._tally.warn_once(f"score {exc.code}", f"uniform weights at step {step} ({exc.code}): {exc.message}", exc)
-        rows = batch.rows() or 1
-        ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.float32)
-        return Scores(batch.like(ones), self._link.position, float(rows), True, batch.like(zeros))
+        return Scores.uniform(batch.rows() or 1, self._link.position).like(batch)
 
     def _update_request(
         self,
@@ -413,13 +400,3 @@ class Job:
     def _check_open(self) -> None:
         if self._closed:
             raise FailedPrecondition("the job is closed; open it again to go on")
-
-
-def _check_state(state: Any) -> tuple[str, int, int]:
-    kinds = {"job_id": str, "last_step": int, "last_position": int}
-    for key, kind in kinds.items():
-        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
-            raise InvalidArgument(
-                f"state must be what Job.state_dict returned, with {key} of type {kind.__name__}; got {state!r}"
-            )
-    return state["job_id"], state["last_step"], state["last_position"]

@@ -20,6 +20,7 @@ from weighting_contract.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
+    InvalidArgument,
     NotFound,
     PermissionDenied,
     ResourceExhausted,
@@ -280,3 +281,14 @@ def _older(method: str) -> Unavailable:
 def _lost(exc: WeighbridgeError) -> bool:
     """Whether the service has no such job (it was restored, or the weighter made anew) or closed it (it was idle)."""
     return isinstance(exc, NotFound) or exc.message.endswith(JOB_CLOSED)
+
+
+def checked_state(state: Any) -> tuple[str, int, int]:
+    """job_id, last_step and last_position of a checkpoint. Raises InvalidArgument where one of them is missing."""
+    kinds = {"job_id": str, "last_step": int, "last_position": int}
+    for key, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+            raise InvalidArgument(
+                f"state must be what Job.state_dict returned, with {key} of type {kind.__name__}; got {state!r}"
+            )
+    return state["job_id"], state["last_step"], state["last_position"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from google.protobuf import json_format
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from weighting_contract.errors import Internal, InvalidArgument
@@ -145,6 +146,17 @@ def spec_message(spec: WeighterSpec | dict[str, Any]) -> pb.WeighterSpec:
     )
 
 
+def spec_changes(values: dict[str, Any]) -> pb.WeighterSpec:
+    """The message for parts of a spec, such as {"learning": {"learning_rate": 1e-4}}; the service has the rest.
+
+    Raises InvalidArgument for what is no part of one.
+    """
+    try:
+        return json_format.ParseDict(values, pb.WeighterSpec())
+    except json_format.ParseError as exc:
+        raise InvalidArgument(f"spec can't be read: {exc}") from exc
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a ScoreResponse holds for B samples."""
@@ -152,14 +164,15 @@ class Answer:
     weights: np.ndarray  # [B] float32
     logits: np.ndarray  # [B] float32
     statistics: np.ndarray | None  # [B, F] float32
+    computed_samples: int | None  # that a reference computed for it; None: the service doesn't say
 
 
 def read_scores(response: pb.ScoreResponse, rows: int) -> Answer:
     """The arrays of an answer that is fit to be trained on.
 
     Raises:
-        Internal: anything but `rows` finite weights of 0 or more with mean 1, or statistics of other samples: a wrong
-            answer must reach neither the loss nor the weighter.
+        Internal: anything but `rows` finite weights of 0 or more with mean 1, or statistics of other samples, or more
+            samples computed than there are: a wrong answer must reach neither the loss nor the weighter.
     """
     try:
         weights = from_message(response.weights, "weights")
@@ -180,7 +193,10 @@ def read_scores(response: pb.ScoreResponse, rows: int) -> Answer:
                 f"the service answered statistics of shape {list(statistics.shape)}, expected [{rows}, F], all finite"
             )
         statistics = statistics.astype(np.float32)
-    return Answer(weights.astype(np.float32), logits.astype(np.float32), statistics)
+    computed = response.computed_samples if response.HasField("computed_samples") else None
+    if computed is not None and not 0 <= computed <= rows:
+        raise Internal(f"the service answered that it computed {computed} of {rows} samples")
+    return Answer(weights.astype(np.float32), logits.astype(np.float32), statistics, computed)
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:

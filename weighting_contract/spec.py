@@ -61,7 +61,9 @@ class LearningSpec:
 
     Cotangents are mostly noise, so single updates swing the parameters; scores come from their running mean, with the
     decay `averaging` per update (less in the first ones). `logit_penalty` is on half the variance of a batch's logits
-    where the score function teaches: logits z tend to -E[c | inputs] / logit_penalty, with c in running RMS.
+    where the score function teaches: logits z tend to -E[c | inputs] / logit_penalty, with c in running RMS. After
+    `settle_after` updates (0: never) the learning rate falls in proportion to 1 / updates, down to a tenth: large steps
+    find a weighter soon, small ones keep it.
     """
 
     learning_rate: float = 1e-3
@@ -73,6 +75,7 @@ class LearningSpec:
     trust: bool = True
     averaging: float = 0.95
     logit_penalty: float = 0.1
+    settle_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class WeighterSpec:
         _bound("spec.learning.cotangent_memory", u.cotangent_memory, 0.0, 0.9999)
         _bound("spec.learning.averaging", u.averaging, 0.0, 0.9999)
         _bound("spec.learning.logit_penalty", u.logit_penalty, 0.0, 1e3)
+        _bound("spec.learning.settle_after", u.settle_after, 0, 2**31 - 1)
         _bound("spec.learning.max_staleness", u.max_staleness, 0, 2**31 - 1)
         _bound("spec.seed", self.seed, 0, 2**32 - 1)
 

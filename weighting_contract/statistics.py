@@ -44,6 +44,14 @@ NAMES: tuple[str, ...] = (
     *_QUANTILE_NAMES,
 )
 
+# Statistics that are z-scores over the batch, and the raw columns that they are of.
+_RELATIVE = {
+    "loss_z": "loss_mean",
+    "gain_z": "gain_mean",
+    "unigram_z": "unigram_mean",
+    **{name: name for name in _QUANTILE_NAMES},
+}
+
 
 def portable_statistics(token_losses: Tensor, unigram_nll: Tensor, mask: Tensor | None = None) -> Tensor:
     """The statistics of one whole batch, [B, len(NAMES)] float32: `standardise(raw_statistics(...))`.
@@ -75,6 +83,9 @@ def portable_statistics(token_losses: Tensor, unigram_nll: Tensor, mask: Tensor 
 def raw_statistics(token_losses: Tensor, unigram_nll: Tensor, mask: Tensor | None = None) -> Tensor:
     """Rows of RAW_NAMES, [B, len(RAW_NAMES)] float32; each depends on its own sample only.
 
+    On a CPU to the bit, for T up to 32768 (torch sums a longer single row on several threads): the other rows of the
+    call, and how many there are, change nothing. T does, in the last bits: sums are grouped by places.
+
     Args:
         token_losses: [B, T] floating, nats.
         unigram_nll: [B, T] floating, nats: `unigram_nll_table` at the same tokens.
@@ -85,29 +96,32 @@ def raw_statistics(token_losses: Tensor, unigram_nll: Tensor, mask: Tensor | Non
         InvalidArgument: shapes that do not fit together, or an empty batch.
     """
     _check_tokens(token_losses, unigram_nll, mask)
-    if mask is None:
-        mask = torch.ones_like(token_losses, dtype=torch.bool)
-    losses = torch.where(mask, token_losses.float(), 0.0)
-    unigram = torch.where(mask, unigram_nll.float(), 0.0)
+
+    def real(values: Tensor, elsewhere: float = 0.0) -> Tensor:
+        """[B, T], `elsewhere` where no token is real; contiguous, as the order of a sum follows the memory."""
+        return (values if mask is None else torch.where(mask, values, elsewhere)).contiguous()
+
+    losses, unigram = real(token_losses.float()), real(unigram_nll.float())
     gain = unigram - losses
-    count = mask.sum(1)  # [B]
-
-    def mean(values: Tensor) -> Tensor:
-        """[B] over real tokens; `values` [B, T] must be 0 elsewhere."""
-        return values.sum(1, dtype=torch.float32) / count.clamp(min=1)
-
-    loss_mean, gain_mean, unigram_mean = mean(losses), mean(gain), mean(unigram)
-    deviation = torch.where(mask, losses - loss_mean[:, None], 0.0)
+    whole = losses.new_full(losses.shape[:1], losses.shape[1])
+    count = whole if mask is None else mask.sum(1, dtype=torch.float32)  # [B]
+    divisor = count.clamp(min=1)
+    easy = real(losses < EASY_BELOW, False)
+    # One reduction for five columns: with small batches it is the number of operations that costs.
+    means = torch.stack([losses, easy, gain, gain > 0, unigram]).sum(2) / divisor
+    loss_mean, easy_share, gain_mean, gain_positive_share, unigram_mean = means
+    deviation = real(losses - loss_mean[:, None])
+    quantiles = _quantiles(real(losses, torch.inf), count)
     columns = (
-        count.float(),
+        count,
         loss_mean,
-        mean(deviation.square()).sqrt(),
-        mean((losses < EASY_BELOW) & mask),
+        (deviation.square().sum(1) / divisor).sqrt(),
+        easy_share,
         gain_mean,
-        mean((gain > 0) & mask),
+        gain_positive_share,
         torch.where(unigram_mean == 0, 0.0, gain_mean / unigram_mean),
         unigram_mean,
-        *_masked_quantiles(losses, mask, count),
+        *(quantiles if mask is None else torch.where(count > 0, quantiles, 0.0)),
     )
     return torch.stack(columns, 1)
 
@@ -130,13 +144,12 @@ def standardise(raw: Tensor) -> Tensor:
         )
     column = dict(zip(RAW_NAMES, raw.float().unbind(1), strict=True))
     present = column["tokens"] > 0
+    values = torch.stack([column[name] for name in _RELATIVE.values()])  # [columns, B], as each is reduced by itself
+    centred = _centred(values, present)
     columns = {
         **column,
-        "loss_z": z_scores(column["loss_mean"], present),
-        "gain_z": z_scores(column["gain_mean"], present),
-        "unigram_centred": _centred(column["unigram_mean"], present),
-        "unigram_z": z_scores(column["unigram_mean"], present),
-        **{name: z_scores(column[name], present) for name in _QUANTILE_NAMES},
+        **dict(zip(_RELATIVE, _scaled(centred, values, present), strict=True)),
+        "unigram_centred": centred[list(_RELATIVE).index("unigram_z")],
     }
     return torch.stack([columns[name] for name in NAMES], 1).clamp(-BOUND, BOUND)
 
@@ -145,21 +158,26 @@ def z_scores(values: Tensor, present: Tensor) -> Tensor:
     """(values - mean) / std over the samples of a batch that count; 0 for the others and where all are equal.
 
     Args:
-        values: [B] float32.
+        values: [..., B] float32; each row is a column of the batch's statistics.
         present: [B] bool, True for samples that have real tokens.
     """
-    centre = _centred(values, present)
-    deviation = (centre.square().sum() / present.sum().clamp(min=1)).sqrt()
-    size = torch.where(present, values, 0.0).abs().amax()
-    # Negated, so that NaN and infinity are no constants and come out as NaN.
-    varies = ~((deviation <= FLAT_BELOW * size) & size.isfinite())
-    return torch.where(varies, centre / deviation, 0.0)
+    return _scaled(_centred(values, present), values, present)
 
 
 def _centred(values: Tensor, present: Tensor) -> Tensor:
-    """[B] the values less their mean over the samples that count; 0 for the others."""
+    """[..., B] the values less their mean over the samples that count; 0 for the others."""
     kept = torch.where(present, values, 0.0)
-    return torch.where(present, kept - kept.sum() / present.sum().clamp(min=1), 0.0)
+    mean = kept.sum(-1, keepdim=True) / present.sum().clamp(min=1)
+    return torch.where(present, kept - mean, 0.0)
+
+
+def _scaled(centred: Tensor, values: Tensor, present: Tensor) -> Tensor:
+    """[..., B] the centred values by their standard deviation; 0 where the values are equal."""
+    deviation = (centred.square().sum(-1, keepdim=True) / present.sum().clamp(min=1)).sqrt()
+    size = torch.where(present, values, 0.0).abs().amax(-1, keepdim=True)
+    # Negated, so that NaN and infinity are no constants and come out as NaN.
+    varies = ~((deviation <= FLAT_BELOW * size) & size.isfinite())
+    return torch.where(varies, centred / deviation, 0.0)
 
 
 def unigram_nll_table(counts: Tensor) -> Tensor:
@@ -181,17 +199,19 @@ def unigram_nll_table(counts: Tensor) -> Tensor:
     return ((counts.sum() + len(counts)).log() - (counts + 1).log()).float()
 
 
-def _masked_quantiles(losses: Tensor, mask: Tensor, count: Tensor) -> list[Tensor]:
-    """[B] for each of _QUANTILES, linear between neighbours; 0 for a sample without real tokens."""
-    ordered = torch.where(mask, losses, torch.inf).sort(1).values  # real tokens first
-    last = (count - 1).clamp(min=0)  # [B]
-    quantiles = []
-    for q in _QUANTILES:
-        place = q * last.float()
-        below, above = place.floor().long(), place.ceil().long()
-        low, high = (ordered.gather(1, index[:, None])[:, 0] for index in (below, above))
-        quantiles.append(torch.where(count > 0, torch.lerp(low, high, place - below), 0.0))
-    return quantiles
+def _quantiles(losses: Tensor, count: Tensor) -> Tensor:
+    """[len(_QUANTILES), B], linear between neighbours; of the `count` smallest losses of each row.
+
+    Args:
+        losses: [B, T] float32, infinite where no token is real.
+        count: [B] float32 real tokens; the quantiles of a row without are infinite.
+    """
+    ordered = losses.sort(1).values  # real tokens first
+    shares = torch.tensor(_QUANTILES).to(losses.device, non_blocking=True)
+    place = (count - 1).clamp(min=0)[:, None] * shares  # [B, len(_QUANTILES)]
+    below = place.floor()
+    low, high = ordered.gather(1, torch.cat([below, place.ceil()], 1).long()).chunk(2, 1)
+    return torch.lerp(low, high, place - below).T
 
 
 def _check_tokens(token_losses: Tensor, unigram_nll: Tensor, mask: Tensor | None) -> None:

@@ -49,6 +49,7 @@ def build_service(settings: Settings, *, loading_wait_s: float = ServiceLimits.l
             models_dir=settings.models,
             device=device,
             cache=settings.state / "reference-cache",
+            cached_samples=settings.cached_samples,
         ),
         device=device,
         models_dir=settings.models,

@@ -69,7 +69,7 @@ class WeighterRecord:
     uid: str  # hex; keys the log and the snapshots, so that a name can be used again after a deletion
     spec: WeighterSpec
     created_unix_ms: int
-    initial: str = ""  # what its parameters started from: fresh ones, or "pretaught"
+    initial: str = ""  # what its parameters started from: fresh ones, "pretaught", or `ExportInfo.initial`
     shared_with: tuple[str, ...] = ()  # tenants that may use it beside its own, or EVERYONE
 
 
@@ -153,6 +153,7 @@ class Scores:
     effective_sample_size: float  # (sum w)^2 / sum w^2, in samples
     trust: float = 1.0  # the factor that was on the logits
     statistics: np.ndarray | None = None  # [B, F] float32 that the reference gave, columns as in the spec
+    computed_samples: int = 0  # that the reference computed for this batch; the others were known, or needed none
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class TokenRows:
     names: tuple[str, ...]  # of weighting_contract.columns, in the spec's order
     table: Tensor | None = None  # [buckets] float32, the job's target profile; where one of the names needs it
     tokens: np.ndarray | None = None  # [B, T] int64, the rows padded on the right; goes with the table
+    scope: str = ""  # whose samples they are; what is known of one's is not known of another's
 
     @property
     def samples(self) -> int:
@@ -81,6 +82,7 @@ class _Call(QueuedCall):
     batch: Inputs | TokenRows
     options: ScoreOptions
     trace: object | None  # where its caller is in it
+    computed: int = 0  # samples that the reference computed for it
 
 
 def _call(queue: str, weighter: Weighter, batch: Inputs | TokenRows, options: ScoreOptions) -> _Call:
@@ -215,12 +217,14 @@ def _with_features(reference: Reference, calls: list[_Call]) -> tuple[list[tuple
     """The calls with the features that the reference gives them; those that get none have their answer already."""
     batches = [(call, call.batch) for call in calls if isinstance(call.batch, TokenRows)]
     try:
-        raws = reference.raw_statistics_of([batch.rows for _, batch in batches], checked=True)
+        scopes = [batch.scope for _, batch in batches]
+        raws = reference.raw_statistics_of([batch.rows for _, batch in batches], scopes=scopes, checked=True)
     except Exception as exc:  # whatever the model raises must reach the callers, and the thread must live on
         _fail(calls, exc)
         return [], None
     ready = []
-    for (call, batch), raw in zip(batches, raws, strict=True):
+    for (call, batch), raw, computed in zip(batches, raws, reference.last_report.computed_samples, strict=True):
+        call.computed = computed
         try:
             features = batch.features(raw)
         except Exception as exc:
@@ -250,8 +254,8 @@ def _score(group: list[tuple[_Call, Inputs]]) -> float:
         _fail(calls, exc)
         return 0.0
     for call, given, scores in zip(calls, inputs, results, strict=True):
-        made = isinstance(call.batch, TokenRows)
-        call.future.set_result(replace(scores, statistics=given.features) if made else scores)
+        statistics = given.features if isinstance(call.batch, TokenRows) else None
+        call.future.set_result(replace(scores, statistics=statistics, computed_samples=call.computed))
     return elapsed
 
 

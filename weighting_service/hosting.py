@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from weighting_contract.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from weighting_contract.export import check_export
 from weighting_contract.spec import WeighterSpec, check_name
 from weighting_service import pretaught
 from weighting_service.core import Core, own_name, tenant_of
@@ -39,6 +40,15 @@ __all__ = ["Entry", "Weighters"]
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Beginning:
+    """What a weighter is made of."""
+
+    spec: WeighterSpec
+    initial: str = ""  # as of its record
+    files: Mapping[str, bytes] | None = None  # of the export that it starts from
+
+
 class Weighters(Roster):
     """All weighters of one service, and what can be done with them. `await start()` before use."""
 
@@ -46,32 +56,42 @@ class Weighters(Roster):
         super().__init__(core, snapshots, device=device, models_dir=models_dir)
         self._packaged: Weighter | None = None
 
-    async def create(self, name: str, spec: Mapping[str, Any], exist_ok: bool, initial: str) -> WeighterView:
+    async def create(
+        self, name: str, spec: Mapping[str, Any], exist_ok: bool, initial: str, files: Mapping[str, bytes]
+    ) -> WeighterView:
         """A new weighter, durable when this returns; with `exist_ok` an equal one that is there already.
 
         Args:
-            spec: plain values; what is left out has its default, or with `initial` that of the pretaught weighter.
+            spec: plain values; what is left out has its default, or with `initial` or `files` that of the export.
+            files: of an export to start from, in place of `initial`; empty: none.
         """
         check_name(own_name(name), "name")
-        checked = await self._checked_spec(spec, initial)
+        begun = await asyncio.to_thread(self._begun, spec, initial, files)
         if name not in self._entries:
             await self._watch.look()
         async with self._changing:
             if existing := self._entries.get(name):
-                return self._existing(existing, checked, initial, exist_ok)
+                return self._existing(existing, begun, exist_ok)
             self._check_room(name)
-            if entry := await self._create(name, checked, initial):
+            if entry := await self._create(name, begun):
                 return view(entry)
-        return self._existing(await self.find(name), checked, initial, exist_ok)
+        return self._existing(await self.find(name), begun, exist_ok)
 
-    async def _checked_spec(self, spec: Mapping[str, Any], initial: str) -> WeighterSpec:
+    def _begun(self, spec: Mapping[str, Any], initial: str, files: Mapping[str, bytes]) -> _Beginning:
+        """What is asked for, checked. Reads files."""
         if initial not in ("", pretaught.NAME):
             raise InvalidArgument(
-                f"initial is {initial!r}, expected {pretaught.NAME!r}, or nothing for fresh parameters"
+                f"initial is {initial!r}, expected {pretaught.NAME!r}, or nothing for fresh parameters or for files"
             )
-        if initial and not (spec.get("features") or spec.get("tokens")):
-            spec = _over((await self.packaged()).spec.to_dict(), spec)
-        return WeighterSpec.from_dict(dict(spec))
+        if initial and files:
+            raise InvalidArgument(f"initial is {initial!r}, but files of an export are given too; leave one out")
+        if not initial and not files:
+            return _Beginning(WeighterSpec.from_dict(dict(spec)))
+        export = self._states.packaged_files() if initial else dict(files)
+        info = check_export(export, "the export")
+        if not (spec.get("features") or spec.get("tokens")):
+            spec = _over(info.spec.to_dict(), spec)
+        return _Beginning(WeighterSpec.from_dict(dict(spec)), initial or info.initial, export)
 
     def _check_room(self, name: str) -> None:
         """Raises where the name is that of a weighter that is not served, or its tenant has all that it may have."""
@@ -85,11 +105,11 @@ class Weighters(Roster):
                 retry_after_s=FULL_RETRY_S,
             )
 
-    async def _create(self, name: str, spec: WeighterSpec, initial: str) -> Entry | None:
+    async def _create(self, name: str, begun: _Beginning) -> Entry | None:
         """None where another service has just taken the name."""
-        await asyncio.to_thread(self._check_size, spec)
-        record = WeighterRecord(name, uuid.uuid4().hex, spec, time.time_ns() // 1_000_000, initial)
-        hosted = await asyncio.to_thread(self._states.create, record)
+        await asyncio.to_thread(self._check_size, begun.spec)
+        record = WeighterRecord(name, uuid.uuid4().hex, begun.spec, time.time_ns() // 1_000_000, begun.initial)
+        hosted = await asyncio.to_thread(self._states.create, record, begun.files)
         try:
             await self._core.run_io(lambda: self._core.log.create_weighter(record))
         except AlreadyExists:
@@ -110,8 +130,8 @@ class Weighters(Roster):
                 "(--max-weighter-parameters); choose a smaller encoder or head"
             )
 
-    def _existing(self, entry: Entry, spec: WeighterSpec, initial: str, exist_ok: bool) -> WeighterView:
-        record = entry.record
+    def _existing(self, entry: Entry, begun: _Beginning, exist_ok: bool) -> WeighterView:
+        record, spec = entry.record, begun.spec
         if not exist_ok:
             raise AlreadyExists(f"weighter {record.name!r} exists; choose another name or set exist_ok")
         if record.spec != spec:
@@ -119,10 +139,10 @@ class Weighters(Roster):
                 f"weighter {record.name!r} exists with another spec {record.spec.to_dict()}, "
                 f"asked for {spec.to_dict()}; choose another name or use the existing spec"
             )
-        if record.initial != initial:
+        if record.initial != begun.initial:
             raise AlreadyExists(
                 f"weighter {record.name!r} exists and started from {record.initial or 'fresh parameters'}, asked for "
-                f"{initial or 'fresh parameters'}; choose another name or ask for the same"
+                f"{begun.initial or 'fresh parameters'}; choose another name or ask for the same"
             )
         return view(entry)
 
@@ -179,7 +199,9 @@ class Weighters(Roster):
 
     async def export(self, name: str) -> dict[str, bytes]:
         """The weighter at its applied position, as files by name."""
-        return await asyncio.to_thread(weighter_files, (await self.find(name)).weighter)
+        entry = await self.find(name)
+        about = f"It started from {entry.record.initial or 'fresh parameters'}."
+        return await asyncio.to_thread(weighter_files, entry.weighter, about)
 
     async def watch(self, name: str) -> AsyncIterator[WeighterView]:
         """The weighter now, and again whenever its applied position has moved."""

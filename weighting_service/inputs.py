@@ -14,6 +14,8 @@ from weighting_service.domain import Inputs, RawInputs
 LARGEST_FEATURE = 1e15  # beyond it squares in the weighter's first layers could overflow float32: it tells none apart
 LARGEST_COTANGENT = 1e12  # no derivative of a loss by a weight is that large; its square, summed, is far from overflow
 
+_HIDDEN = "spec.features.hidden_size; a pooled hidden state does not travel between model sizes"
+
 Tokenize = Callable[[tuple[str, ...]], list[list[int]]]
 
 
@@ -48,9 +50,7 @@ def check_inputs(
         InvalidArgument: names the field, what was given and what is expected.
     """
     features = _floats(raw.features, "features", *_feature_width(spec))
-    hidden = _floats(
-        raw.hidden, "hidden", spec.features.hidden_size if spec.features else 0, "spec.features.hidden_size"
-    )
+    hidden = _floats(raw.hidden, "hidden", spec.features.hidden_size if spec.features else 0, _HIDDEN)
     tokens, lengths = _token_rows(raw, spec, limits, vocabulary_size, tokenize)
     inputs = Inputs(_reorder(features, spec, column_order), hidden, tokens, lengths)
     rows = {name: len(array) for name, array in inputs.arrays().items()}

@@ -27,10 +27,12 @@ class LoadedReferences:
     Args:
         device: where they are loaded to.
         bring: called on a worker thread before a reference is loaded, to see that its folder is there.
+        cached_samples: of each reference.
     """
 
-    def __init__(self, device: torch.device, bring: Callable[[Known], None]) -> None:
+    def __init__(self, device: torch.device, bring: Callable[[Known], None], cached_samples: int = 0) -> None:
         self._device = device
+        self._cached_samples = cached_samples
         self._bring = bring
         self._loaded: dict[str, Reference] = {}  # by checksum, the least recently used first
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -99,7 +101,7 @@ class LoadedReferences:
     def _load_warm(self, known: Known) -> Reference:
         """One pass on the device, so that the first caller doesn't pay for lazy initialisation."""
         self._bring(known)
-        reference = load_reference(known.folder, self._device, name=known.name)
+        reference = load_reference(known.folder, self._device, name=known.name, cached_samples=self._cached_samples)
         if reference.checksum != known.info.checksum:
             raise InvalidArgument(f"its files have changed since the service started: {short(reference.checksum)}")
         reference.raw_statistics([np.zeros(2, np.int64)])

@@ -34,14 +34,16 @@ class Metrics:
             for name, words in (
                 ("seconds", "Share of the device's time that references took"),
                 ("samples", "Samples scored by references"),
+                ("known_samples", "Of these, samples that nothing had to be computed for"),
                 ("cut_samples", "Samples that were longer than the reference takes"),
-                ("tokens", "Tokens scored by references"),
+                ("tokens", "Tokens computed by references"),
                 ("padded_tokens", "Tokens that this took with padding"),
             )
         ]
         (
             self.reference_seconds,
             self.reference_samples,
+            self.reference_known_samples,
             self.reference_cut_samples,
             self.reference_tokens,
             self.reference_padded_tokens,
@@ -85,6 +87,7 @@ class Metrics:
         if report.packing:
             self.reference_seconds.labels(report.reference).inc(report.reference_s)
             self.reference_samples.labels(report.reference).inc(report.packing.samples)
+            self.reference_known_samples.labels(report.reference).inc(report.packing.known_samples)
             self.reference_cut_samples.labels(report.reference).inc(report.packing.cut_samples)
             self.reference_tokens.labels(report.reference).inc(report.packing.real_tokens)
             self.reference_padded_tokens.labels(report.reference).inc(report.packing.padded_tokens)

@@ -56,6 +56,7 @@ class ReferenceStore:
         models_dir: folders in it that hold references are offered under their own names.
         device: where references are loaded to.
         cache: folder of this machine for uploads that lie elsewhere; needed where the storage is not a local one.
+        cached_samples: whose raw statistics each loaded reference keeps in memory; 0: none.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class ReferenceStore:
         models_dir: Path | None,
         device: torch.device,
         cache: Path | None = None,
+        cached_samples: int = 0,
     ) -> None:
         self._uploads = Uploads(open_storage(storage), cache)
         self._models_dir = models_dir
         self._known: dict[str, Known] = {}
         self._failed: dict[str, _Damaged] = {}  # references that are there, but damaged
-        self._memory = LoadedReferences(device, self._bring)
+        self._memory = LoadedReferences(device, self._bring, cached_samples)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # by name
         self._looked: dict[str, float] = {}  # when a look for a name began
         self._refreshing = asyncio.Lock()

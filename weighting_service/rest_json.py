@@ -58,6 +58,10 @@ class CreateWeighterBody(Body):
     spec: dict[str, Any] = Field({}, examples=[{"features": {"names": ["loss", "length"]}}])
     exist_ok: bool = False
     initial: str = Field("", description='"pretaught": parameters of the weighter that comes with the service')
+    files: dict[str, str] = Field({}, description="of an export by name, base64, in place of initial: its parameters")
+
+    def contents(self) -> dict[str, bytes]:
+        return {name: _decoded(content, f"files.{name}") for name, content in self.files.items()}
 
 
 class ShareWeighterBody(Body):
@@ -237,6 +241,7 @@ def scores_json(scores: Scores) -> dict[str, Any]:
         "position": scores.position,
         "effective_sample_size": scores.effective_sample_size,
         "trust": scores.trust,
+        "computed_samples": scores.computed_samples,
     }
     return values if scores.statistics is None else values | {"statistics": scores.statistics.tolist()}
 

@@ -79,7 +79,9 @@ def _add_weighters(app: FastAPI, service: WeightingService) -> None:
     @app.post("/v1/weighters", tags=["weighters"])
     async def create_weighter(tenant: Tenant, body: CreateWeighterBody) -> dict[str, Any]:
         with call(metrics, "CreateWeighter"):
-            return weighter_json(await tenant.create_weighter(body.name, body.spec, body.exist_ok, body.initial))
+            return weighter_json(
+                await tenant.create_weighter(body.name, body.spec, body.exist_ok, body.initial, body.contents())
+            )
 
     @app.get("/v1/weighters", tags=["weighters"])
     async def list_weighters(tenant: Tenant) -> dict[str, Any]:

@@ -15,7 +15,7 @@ Service = WeightingService | TenantService
 
 async def create_weighter(service: Service, request: pb.CreateWeighterRequest) -> pb.Weighter:
     spec = wire.spec_values(request.spec)
-    view = await service.create_weighter(request.name, spec, request.exist_ok, request.initial)
+    view = await service.create_weighter(request.name, spec, request.exist_ok, request.initial, dict(request.files))
     return wire.weighter_to_message(view)
 
 

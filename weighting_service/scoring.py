@@ -17,7 +17,7 @@ from weighting_contract.ngrams import profile_table
 from weighting_contract.profile import make_profile
 from weighting_contract.spec import WeighterSpec
 from weighting_service import pretaught
-from weighting_service.core import Core
+from weighting_service.core import Core, tenant_of
 from weighting_service.domain import Inputs, JobRecord, RawInputs, ScoreOptions, Scores
 from weighting_service.engine import TokenRows
 from weighting_service.guards import the_job
@@ -115,7 +115,7 @@ class Scoring:
         check_fits(spec, known.info, known.name, weighter or pretaught.NAME)
         loaded = await self._references.load(known)
         with self._core.under_way.one_of("scoring of texts without a job", tenant):
-            batch = await asyncio.to_thread(self._texts, spec, loaded, texts, target)
+            batch = await asyncio.to_thread(self._texts, spec, loaded, texts, target, tenant)
             queue = f"{tenant}:texts"
             scores = await asyncio.wrap_future(self._core.engine.score(queue, hosted, batch, ScoreOptions()))
         return TextScores(scores, batch.names)
@@ -149,21 +149,22 @@ class Scoring:
         def check() -> TokenRows:
             rows, field = check_token_rows(raw, limits=self._core.limits.batch, tokenize=reference.tokenize)
             rows = reference.check_rows(rows, field)
-            return TokenRows(reference, rows, names, table, padded(rows)[0] if table is not None else None)
+            tokens = padded(rows)[0] if table is not None else None
+            return TokenRows(reference, rows, names, table, tokens, tenant_of(job.job_id))
 
         return await asyncio.to_thread(check)
 
     def _texts(
-        self, spec: WeighterSpec, reference: Reference, texts: tuple[str, ...], target: tuple[str, ...]
+        self, spec: WeighterSpec, reference: Reference, texts: tuple[str, ...], target: tuple[str, ...], tenant: str
     ) -> TokenRows:
         """The batch with a profile made of the example texts. Runs on a worker thread."""
         rows = self._text_rows(texts, "texts", reference)
         examples = self._text_rows(target, "target", reference)
         names = _names(spec)
         if not needs_profile(names):
-            return TokenRows(reference, rows, names)
+            return TokenRows(reference, rows, names, scope=tenant)
         table = profile_table(make_profile(examples, reference.ngram_counts).log_ratios)
-        return TokenRows(reference, rows, names, table, padded(rows)[0])
+        return TokenRows(reference, rows, names, table, padded(rows)[0], tenant)
 
     def _text_rows(self, texts: tuple[str, ...], field: str, reference: Reference) -> list[np.ndarray]:
         limits = self._core.limits.batch

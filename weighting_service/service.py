@@ -131,20 +131,26 @@ class WeightingService:
     # ---- Weighters --------------------------------------------------------------------------------------------------
 
     async def create_weighter(
-        self, name: str, spec: Mapping[str, Any], exist_ok: bool = False, initial: str = ""
+        self,
+        name: str,
+        spec: Mapping[str, Any],
+        exist_ok: bool = False,
+        initial: str = "",
+        files: Mapping[str, bytes] | None = None,
     ) -> WeighterView:
         """A new weighter, durable when this returns; with `exist_ok` an equal one that is there already.
 
         Args:
-            spec: plain values of a `WeighterSpec`; what is left out has its default, or, where `initial` is given and
-                no inputs are, that of the pretaught weighter.
+            spec: plain values of a `WeighterSpec`; what is left out has its default, or, where `initial` or `files` are
+                given and no inputs are, that of the export in question.
             initial: empty for fresh parameters, "pretaught" for those of the weighter that comes with the package.
+            files: of an export, in place of `initial`: for its parameters.
 
         Raises:
             AlreadyExists: the name is taken by another one.
         """
         self._core.check_open()
-        return await self._core.to_its_end(self._weighters.create(name, spec, exist_ok, initial))
+        return await self._core.to_its_end(self._weighters.create(name, spec, exist_ok, initial, files or {}))
 
     async def get_weighter(self, name: str) -> WeighterView:
         """A weighter, with the positions that it can be rolled back to."""

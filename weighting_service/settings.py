@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     max_queued_calls: int = Field(256, ge=1, description="Score calls waiting for the device before refusing more")
     samples_per_pass: int = Field(8192, ge=1, description="most samples that one forward pass takes from several calls")
     tokens_per_pass: int = Field(65_536, ge=1, description="most tokens that one forward pass takes likewise")
+    cached_samples: int = Field(
+        262_144, ge=0, description="samples whose raw statistics each loaded reference keeps in memory; 0: none"
+    )
     max_pending_updates: int = Field(1000, ge=1, description="updates logged but not yet applied before refusing more")
     max_queue_wait_s: float = Field(30.0, gt=0, description="longest that a Score call waits for the device")
     max_calls_per_job: int = Field(64, ge=1, description="calls of one job that may be under way")

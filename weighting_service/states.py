@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from weighting_contract.errors import FailedPrecondition, InvalidArgument, Unavailable
+from weighting_contract.export import export_files
 from weighting_service import pretaught
 from weighting_service.domain import Inputs, Rollback, WeighterRecord
 from weighting_service.snapshots import Snapshot, SnapshotStore, parse, state_digest
 from weighting_service.texts import load_tokenizer
 from weighting_service.update_log import UpdateLog
-from weighting_service.weighter import Weighter, load_parameters, load_weighter, read_export
+from weighting_service.weighter import Weighter, load_parameters
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +78,23 @@ class States:
 
     # ---- Making -----------------------------------------------------------------------------------------------------
 
-    def create(self, record: WeighterRecord) -> Hosted:
-        """A fresh weighter and its snapshot at position 0: later versions of torch may initialise otherwise."""
+    def create(self, record: WeighterRecord, files: Mapping[str, bytes] | None = None) -> Hosted:
+        """A weighter at its beginning, and its snapshot at position 0: nothing else may know the files later, and later
+        versions of torch may initialise otherwise.
+
+        Args:
+            files: of an export, to start from its parameters; None: from fresh ones.
+
+        Raises:
+            InvalidArgument: they don't fit the spec, or give no weights.
+            Unavailable: the snapshot can't be written.
+        """
         weighter = Weighter(record.spec, device=self._device, models_dir=self._models_dir)
-        if record.initial:
-            load_parameters(weighter, self._packaged_files())  # InvalidArgument where they don't fit the spec
+        if files is not None:
+            load_parameters(weighter, files)
         hosted = Hosted(record, weighter, environment=environment(self._device))
-        _warm_up(weighter)
+        if not np.isfinite(_warm_up(weighter)).all():
+            raise InvalidArgument("the export's parameters give weights that are not finite; export the weighter again")
         if record.spec.tokens and record.spec.tokens.tokenizer:
             load_tokenizer(record.spec.tokens.tokenizer, self._models_dir, hosted.weighter.vocabulary_size)
         try:
@@ -121,7 +132,15 @@ class States:
     def packaged(self) -> Weighter:
         """The weighter that comes with the package, as it was taught. Raises FailedPrecondition without one."""
         try:
-            return load_weighter(pretaught.weighter_folder(), device=self._device)
+            return Weighter.from_pretrained(pretaught.weighter_folder(), self._device)
+        except InvalidArgument as exc:
+            raise _no_packaged(exc) from exc
+
+    @staticmethod
+    def packaged_files() -> dict[str, bytes]:
+        """The export that comes with the package. Raises FailedPrecondition without one."""
+        try:
+            return export_files(pretaught.weighter_folder())
         except InvalidArgument as exc:
             raise _no_packaged(exc) from exc
 
@@ -147,17 +166,11 @@ class States:
 
     # ---- Inside -----------------------------------------------------------------------------------------------------
 
-    def _packaged_files(self) -> dict[str, bytes]:
-        try:
-            return read_export(pretaught.weighter_folder())
-        except InvalidArgument as exc:
-            raise _no_packaged(exc) from exc
-
     def _restored(self, record: WeighterRecord, snapshot: Snapshot | None) -> Hosted:
         if snapshot is None and record.initial:
             raise FailedPrecondition(
-                f"no snapshot of weighter {record.name!r} can be read, and its log alone is not enough: it began as "
-                f"the {record.initial} weighter of the version that made it; restore its snapshots from a back-up"
+                f"no snapshot of weighter {record.name!r} can be read, and its log alone is not enough: it began with "
+                f"given parameters ({record.initial}); restore its snapshots from a back-up"
             )
         weighter = Weighter(record.spec, device=self._device, models_dir=self._models_dir)
         hosted = Hosted(record, weighter, environment=environment(self._device))
@@ -209,11 +222,11 @@ def _no_packaged(exc: InvalidArgument) -> FailedPrecondition:
     return FailedPrecondition(f"this installation has no pretaught weighter: {exc.message}")
 
 
-def _warm_up(weighter: Weighter) -> None:
-    """One forward pass, so that the first caller doesn't pay for lazy initialisation."""
+def _warm_up(weighter: Weighter) -> np.ndarray:
+    """One forward pass, so that the first caller doesn't pay for lazy initialisation; its weights."""
     spec = weighter.spec
     names, hidden = (len(spec.features.names), spec.features.hidden_size) if spec.features else (0, 0)
-    weighter.score(
+    (scores,) = weighter.score(
         [
             Inputs(
                 features=np.zeros((2, names), np.float32) if names else None,
@@ -223,3 +236,4 @@ def _warm_up(weighter: Weighter) -> None:
             )
         ]
     )
+    return scores.weights

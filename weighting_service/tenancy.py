@@ -77,7 +77,12 @@ class TenantService:
     # ---- Weighters --------------------------------------------------------------------------------------------------
 
     async def create_weighter(
-        self, name: str, spec: Mapping[str, Any], exist_ok: bool = False, initial: str = ""
+        self,
+        name: str,
+        spec: Mapping[str, Any],
+        exist_ok: bool = False,
+        initial: str = "",
+        files: Mapping[str, bytes] | None = None,
     ) -> WeighterView:
         self.allow("CreateWeighter")
         if "/" in name:
@@ -87,7 +92,9 @@ class TenantService:
             )
         check_name(name, "name")
         with self._worded(lambda: self._no_weighter(name)):
-            return self._weighter_view(await self._service.create_weighter(self._inside(name), spec, exist_ok, initial))
+            return self._weighter_view(
+                await self._service.create_weighter(self._inside(name), spec, exist_ok, initial, files)
+            )
 
     async def get_weighter(self, name: str) -> WeighterView:
         self.allow("GetWeighter")

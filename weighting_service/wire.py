@@ -106,6 +106,7 @@ def scores_to_message(scores: Scores) -> pb.ScoreResponse:
         logits=to_message(scores.logits),
         statistics=None if scores.statistics is None else to_message(scores.statistics),
         trust=scores.trust,
+        computed_samples=scores.computed_samples,
     )
 
 

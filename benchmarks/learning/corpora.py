@@ -15,6 +15,7 @@ _MADE: dict[str, Callable[[], Mixture]] = {
     "clean": mixtures.clean_mixture,
     "look-alikes": mixtures.look_alikes_mixture,
     "two-targets": mixtures.two_targets_mixture,
+    "pip": lambda: mixtures.pip_mixtures()["prose"],
 }
 
 

@@ -38,15 +38,19 @@ def execute(
     processes: int,
     console: Console,
     title: str,
+    attempts: int = 1,
 ) -> list[tuple[Run, str]]:
-    """Runs those that are not finished; the ones that failed, with the last line that each said."""
+    """Runs those that are not finished; the ones that failed at every attempt, with the last line that each said."""
     todo = [run for run in runs if not finished(out, run)]
     failed: list[tuple[Run, str]] = []
     with Progress(*_COLUMNS, console=console) as bar:
         task = bar.add_task(title, total=len(runs), completed=len(runs) - len(todo))
 
         def work(run: Run) -> None:
-            if error := _run(command(run), out / run.folder):
+            for _ in range(attempts):
+                if not (error := _run(command(run), out / run.folder)):
+                    break
+            else:
                 failed.append((run, error))
             bar.advance(task)
             if not console.is_terminal:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -50,7 +50,7 @@ class Plan:
     tuning_seed: int
     flags: dict[str, Any]
 
-    def checked(self) -> Plan:
+    def checked(self) -> Self:
         """This plan. Raises ValueError where parts of it contradict."""
         if self.tuning_seed in self.seeds:
             raise ValueError(f"seed {self.tuning_seed} tunes the learning rates, so no run that counts may have it")

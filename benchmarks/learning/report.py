@@ -9,11 +9,23 @@ from benchmarks.learning.goals import Goal
 from benchmarks.learning.plots import plot_choices, plot_losses
 from benchmarks.learning.results import Results
 
+_WORDS = (
+    "Losses are test losses in nats a token, means over seeds. *Gap closed* is (uniform - method) / (uniform - "
+    "oracle) at equal steps, the oracle being full batches of the target's source. *Compute* counts everything but "
+    "the training of references: 1 is a uniform run. *At equal compute*: the test loss, on the samples of the "
+    "curves, once as much was spent as in a uniform run. *To uniform's end*: the compute at which a method has the "
+    "loss that uniform ends with.\n"
+)
+
 
 def write_report(results: Results, figures: list[Figures], goals: list[Goal], folder: Path) -> Path:
     """report.md and its pictures in `folder`; where the report is."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [_head(results), _goals(goals)]
+    parts = [
+        head("Learned weights against the alternatives", "python -m benchmarks.learning", results),
+        _WORDS,
+        goals_section(goals),
+    ]
     for corpus in results.corpora:
         plot_losses(results, corpus, folder / f"{corpus}-loss.png")
         plot_choices(results, corpus, folder / f"{corpus}-choices.png")
@@ -27,20 +39,16 @@ def write_report(results: Results, figures: list[Figures], goals: list[Goal], fo
     return path
 
 
-def _head(results: Results) -> str:
+def head(title: str, command: str, results: Results) -> str:
+    """What was measured, by which command, when and on what."""
     return (
-        "# Learned weights against the alternatives\n\n"
-        f"`python -m benchmarks.learning`, {results.date}, commit {results.commit}, {len(results.runs)} runs.\n\n"
-        f"```\n{results.hardware}\n```\n\n"
-        "Losses are test losses in nats a token, means over seeds. *Gap closed* is (uniform - method) / (uniform - "
-        "oracle) at equal steps, the oracle being full batches of the target's source. *Compute* counts everything but "
-        "the training of references: 1 is a uniform run. *At equal compute*: the test loss, on the samples of the "
-        "curves, once as much was spent as in a uniform run. *To uniform's end*: the compute at which a method has the "
-        "loss that uniform ends with.\n"
+        f"# {title}\n\n"
+        f"`{command}`, {results.date}, commit {results.commit}, {len(results.runs)} runs.\n\n"
+        f"```\n{results.hardware}\n```\n"
     )
 
 
-def _goals(goals: list[Goal]) -> str:
+def goals_section(goals: list[Goal]) -> str:
     rows = [
         f"| {g.what} | {g.value:.3f} | {'at least' if g.at_least else 'at most'} {g.bound:.3f} "
         f"| {'reached' if g.reached else '**missed**'} |"

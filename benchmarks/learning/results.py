@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from benchmarks.learning.plan import Plan, Run
 from benchmarks.machine import describe
 from trainer_client.run.metrics import read_metrics
-from trainer_client.run.report import RunSummary, write_json
+from trainer_client.run.report import RunSummary, flops_at_points, loss_after, write_json
 from weighting_contract.errors import InvalidArgument
 
 VERSION = 1
@@ -48,28 +48,32 @@ class Result:
     curve: list[tuple[int, float, float]]  # step, seconds, test loss on fixed samples
     trust: float | None
     series: Series
+    spent: list[float] = field(default_factory=list)  # FLOPs at each point of the curve; none: all steps cost the same
 
     @property
     def flops_a_step(self) -> float:
-        """Everything but the training of a reference, which is spent once a pool."""
+        """Everything but the training of a reference, which is spent once a pool; the mean over the steps."""
         return sum(self.compute[f"{part}_flops"] for part in ("training", "teaching", "scoring")) / self.steps
 
     def loss_after(self, flops: float) -> float:
         """Test loss on the curve's samples once so much was spent; linear between evaluations, constant beyond."""
-        steps = flops / self.flops_a_step
-        return float(np.interp(steps, [point[0] for point in self.curve], [point[2] for point in self.curve]))
+        return loss_after(flops, self._spent, self.curve)
 
     def flops_to(self, loss: float) -> float:
         """What was spent when the curve first had this test loss; infinite where it never had."""
-        before: tuple[int, float] | None = None
-        for step, _, at in self.curve:
+        before: tuple[float, float] | None = None
+        for spent, (_, _, at) in zip(self._spent, self.curve, strict=True):
             if at <= loss:
                 if before is None:
-                    return step * self.flops_a_step
+                    return spent
                 share = (before[1] - loss) / (before[1] - at)
-                return (before[0] + share * (step - before[0])) * self.flops_a_step
-            before = (step, at)
+                return before[0] + share * (spent - before[0])
+            before = (spent, at)
         return float("inf")
+
+    @property
+    def _spent(self) -> list[float]:
+        return self.spent or [step * self.flops_a_step for step, _, _ in self.curve]
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Results:
         write_json(path, {"version": VERSION, **asdict(self)})
 
     @classmethod
-    def read(cls, path: Path) -> Results:
+    def read(cls, path: Path) -> Self:
         """Raises SystemExit with a sentence where the file is another version's, or none."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -174,6 +178,7 @@ def _result(out: Path, run: Run) -> Result | None:
         compute=summary.compute,
         seconds={name: getattr(summary, f"{name}_seconds") for name in ("wall", "train", "score", "meta")},
         curve=summary.test_curve,
+        spent=flops_at_points(summary),
         trust=summary.trust,
         series=_series(read_metrics(folder / summary.label / "metrics.jsonl"), rate["batch_size"]),
     )

@@ -65,6 +65,13 @@ def weigh(job: Job, steps: range) -> None:
         job.meta_update(FEATURES[:, 0], FEATURES, step)
 
 
+def weigh_late(job: Job, steps: range) -> None:
+    for step in steps:
+        pending = job.score_soon(FEATURES, step)
+        assert pending.result().fallback
+        job.meta_update(FEATURES[:, 0], FEATURES, step)
+
+
 def choose(job: Job, steps: range) -> None:
     with_look_ahead = Selector(job, keep=16)
     for step in steps:
@@ -76,7 +83,7 @@ def choose(job: Job, steps: range) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-@pytest.mark.parametrize("loop", [weigh, choose])
+@pytest.mark.parametrize("loop", [weigh, weigh_late, choose])
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 @pytest.mark.parametrize("kind", ["refuses", "swallows"])
 def test_a_dead_service_makes_nothing_grow(kind: str, scheme: str, loop: object) -> None:

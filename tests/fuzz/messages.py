@@ -7,6 +7,7 @@ that a new RPC or field is fuzzed as soon as it is in the contract.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis.strategies import SearchStrategy
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from tests.fuzz import target
+from weighting_contract.export import export_files
 from weighting_contract.reference import reference_files
 from weighting_contract.tensors import DTYPES, to_message
 from weighting_service import pretaught
@@ -75,7 +77,11 @@ def examples() -> dict[str, list[Message]]:
     probes = to_message(np.array([1, 1, 0, 0, 1, 0, 0, 0], np.uint8))
     files = reference_files(pretaught.reference_folder())
     return {
-        "CreateWeighter": [*target.WEIGHTERS, pb.CreateWeighterRequest(name="made", spec=target.SPEC)],
+        "CreateWeighter": [
+            *target.WEIGHTERS,
+            pb.CreateWeighterRequest(name="made", spec=target.SPEC),
+            pb.CreateWeighterRequest(name="made", files=_export()),
+        ],
         "GetWeighter": [pb.GetWeighterRequest(name=name) for name in ("w", "t")],
         "ListWeighters": [pb.ListWeightersRequest()],
         "DeleteWeighter": [pb.DeleteWeighterRequest(name="made")],
@@ -244,8 +250,8 @@ def tensors(draw: Callable[..., Any]) -> pb.Tensor:
 
 @st.composite
 def _files(draw: Callable[..., Any]) -> dict[str, bytes]:
-    """The files of a reference, some of them damaged, missing or too many."""
-    files = dict(_reference())
+    """The files of a reference or of an exported weighter, some of them damaged, missing or too many."""
+    files = dict(draw(st.sampled_from((_reference(), _export(), _export(checked=False)))))
     for name in draw(st.lists(st.sampled_from((*files, "more.bin")), max_size=3)):
         if draw(st.booleans()):
             files[name] = draw(corrupted(files.get(name, b"")))
@@ -300,3 +306,13 @@ def _examples() -> dict[str, list[Message]]:
 @functools.cache
 def _reference() -> dict[str, bytes]:
     return dict(reference_files(pretaught.reference_folder()))
+
+
+@functools.cache
+def _export(checked: bool = True) -> dict[str, bytes]:
+    """Without its checksums, as old ones are, damage gets further than to these."""
+    files = export_files(pretaught.weighter_folder())
+    if checked:
+        return files
+    values = {name: value for name, value in json.loads(files["config.json"]).items() if not name.endswith("sha256")}
+    return {**files, "config.json": json.dumps(values).encode()}

@@ -309,6 +309,24 @@ def test_a_job_is_opened_with_ones_own_reference(callers: Callers) -> None:
         callers.ask(token, "DeleteWeighter", weighter)
 
 
+def test_what_a_tenant_has_sent_is_not_known_to_another(callers: Callers) -> None:
+    """Of a reference that all use: the count of what was computed would tell."""
+    name = f"known-{callers.kind}"
+    opening = pb.OpenJobRequest(weighter=name, job_id=name, role=pb.ROLE_FROZEN)
+    opening.reference.name = "pretaught"
+    opening.profile.documents.CopyFrom(to_message(np.arange(40)))
+    opening.profile.lengths.CopyFrom(to_message(np.array([20, 20])))
+    for token in ("alice", "bob"):
+        callers.call(token, "CreateWeighter", pb.CreateWeighterRequest(name=name, initial="pretaught"))
+        wait_for(lambda token=token: loaded(lambda: callers.call(token, "OpenJob", opening)), timeout_s=60)
+    tokens = np.random.default_rng([*name.encode()]).integers(0, 1000, (3, 12))
+    request = pb.ScoreRequest(job_id=name, inputs=pb.Inputs(tokens=to_message(tokens)))
+    answers = [callers.call(token, "Score", request) for token in ("alice", "bob", "alice", "bob")]
+    assert [answer.computed_samples for answer in answers] == [3, 3, 0, 0]
+    for token in ("alice", "bob"):
+        callers.ask(token, "DeleteWeighter", name)
+
+
 def loaded(ask: Callable[[], Any]) -> Any:
     """The answer of `ask`; None while a reference is still loading."""
     try:

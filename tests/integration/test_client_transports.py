@@ -235,6 +235,8 @@ def test_tokens_are_scored_by_a_reference_and_taught_by_their_statistics(client:
         names = client.get_weighter(name).spec.features.names
         assert scores.statistics.shape == (6, len(names))
         assert job.score(tokens=tokens, lengths=lengths).statistics is None
+        new = np.random.default_rng([*name.encode()]).integers(0, 1000, (6, 20))  # to the service
+        assert [job.score(tokens=new).computed_samples for _ in range(2)] == [6, 0]
         probes = [True, True, False, False, False, False]
         for step in (3, 4):
             job.meta_update(COTANGENT, scores.statistics, step, estimator="score_function", probes=probes)

@@ -108,6 +108,9 @@ def test_a_job_with_a_reference_over_rest(rest: httpx.Client) -> None:
     scores = rest.post("/v1/jobs/job/score", json=asked).json()
     assert np.shape(scores["statistics"]) == (8, len(job["spec"]["features"]["names"]))
     assert (scores["effective_sample_size"] >= 7.2 - 1e-3, scores["trust"]) == (True, 1)
+    assert scores["computed_samples"] == 8
+    asked["inputs"]["tokens"] = [*rows, [5, 6, 7]]
+    assert rest.post("/v1/jobs/job/score", json=asked).json()["computed_samples"] == 1
     lesson = {
         "step": 0,
         "inputs": {"features": scores["statistics"]},

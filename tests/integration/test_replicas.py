@@ -23,7 +23,9 @@ from weighting_contract.tensors import from_message, to_message
 from weighting_service.embedded import EmbeddedService
 
 NAMES = ("a", "b", "c")
-SPEC = pb.WeighterSpec(features=pb.FeatureSpec(names=NAMES), head=pb.HeadSpec(width=8))
+SPEC = pb.WeighterSpec(  # without trust, or random cotangents would soon make all weights 1
+    features=pb.FeatureSpec(names=NAMES), head=pb.HeadSpec(width=8), learning=pb.LearningSpec(trust=False)
+)
 EVERY = 5  # positions between two snapshots
 SAMPLES = 10
 
@@ -140,6 +142,26 @@ def test_any_replica_takes_updates_and_scores_what_another_took(replica: Make) -
     assert list(views[0].snapshot_positions) == list(views[1].snapshot_positions) == [0, 5, 10]
     with pytest.raises(FailedPrecondition, match="min_position is 13, but the log ends at 12"):
         two.weights(13)
+
+
+def test_replicas_follow_a_weighter_that_started_from_an_export(replica: Make) -> None:
+    one, two = replica("one"), replica("two")
+    one.open()
+    for step in range(3):
+        one.teach(step)
+    one.weights(3)
+    files = one.files()
+    one.DeleteWeighter(name="w")
+    made = one.CreateWeighter(name="w", files=files)
+    assert made.initial.startswith("export:")
+    assert two.CreateWeighter(name="w", files=files, exist_ok=True).created_unix_ms == made.created_unix_ms
+    two.OpenJob(weighter="w", job_id="job")
+    for step in range(10, 17):  # beyond a snapshot
+        (one, two)[step % 2].teach(step)
+    np.testing.assert_array_equal(one.weights(7), two.weights(7))
+    three = replica("three")
+    assert three.until(lambda view: view.applied_position == 7).initial == made.initial
+    assert one.files() == two.files() == three.files() != files
 
 
 def test_states_are_equal_at_equal_positions(replica: Make) -> None:

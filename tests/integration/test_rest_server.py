@@ -36,6 +36,7 @@ def test_batches_of_rows_texts_and_token_ids_are_scored_without_a_job(rest: http
         "position": 0,
         "effective_sample_size": 5.0,
         "trust": 1.0,
+        "computed_samples": 0,
     }
     for inputs in ({"texts": ["one", "two words"]}, {"tokens": [[1, 2, 3], [4]]}):
         response = rest.post("/v1/weighters/text/score", json={"inputs": inputs})

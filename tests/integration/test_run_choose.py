@@ -64,10 +64,13 @@ def test_a_step_without_an_answer_teaches_nothing_when_it_is_trained_again_eithe
                 taught = MetaBatch(
                     "", step, False, nothing, nothing, np.zeros(2, np.bool_), torch.from_numpy(COTANGENT)
                 )
-                steps.append((choice.indices.tolist(), choice.metrics, chooser.learn(taught)))
+                steps.append((choice.indices.tolist(), choice.metrics, choice.computed, chooser.learn(taught)))
             runs.append(steps)
-    assert [learned for _, _, learned in runs[0]] == [True, False, True, True, True, True]
-    assert [metrics["staleness"] for _, metrics, _ in runs[0]] == [0, 1, 0, 1, 1, 1]
+            assert chooser.computed_again == 0
+    assert [learned for _, _, _, learned in runs[0]] == [True, False, True, True, True, True]
+    assert [metrics["staleness"] for _, metrics, _, _ in runs[0]] == [0, 1, 0, 1, 1, 1]
+    # It doesn't say what it computed, as older services: all candidates, in all steps that it answered.
+    assert [computed for _, _, computed, _ in runs[0]] == [8, 0, 8, 8, 8, 8]
     assert runs[0] == runs[1]
     assert server.service.calls["MetaUpdate"] == 5
 

@@ -85,7 +85,10 @@ def test_the_summary_counts_compute_and_names_the_reference(finished):
     assert uniform["relative"] == 1
     assert compute["training_flops"] == uniform["training_flops"]
     parameters = summary["reference"]["parameters"]
-    assert compute["scoring_flops"] == 2 * parameters * STEPS * CANDIDATES * BATCH * 16
+    pool = read(finished / "samples.json")["train"]["samples"]
+    computed = sum(record.computed for record in selected(finished, "both"))
+    assert computed == min(STEPS * CANDIDATES * BATCH, pool)  # each sample once
+    assert compute["scoring_flops"] == 2 * parameters * computed * 16
     spent = sum(compute[f"{name}_flops"] for name in ("training", "teaching", "scoring"))
     assert compute["relative"] == pytest.approx(spent / compute["training_flops"])
     info = check_reference(reference_files(finished / "reference"), "here")
@@ -110,7 +113,7 @@ def test_metrics_of_selection_say_what_was_kept_and_how_stale_its_scores_were(fi
     for line, record in zip(lines, records, strict=True):
         assert sorted(set(record.kept)) == sorted(record.kept)  # without repeats
         assert record.kept.max() < CANDIDATES * BATCH
-        assert sum(line["kept_share"].values()) == pytest.approx(1)
+        assert sum(line["trained_share"].values()) == pytest.approx(1)
         assert (line["selected"], line["position"], line["trust"]) == (1, record.position, record.trust)
         assert record.probes == (2 if record.step % 4 == 0 else 0)
     # Scored two steps ahead: the two steps after an update were scored before it.
@@ -128,7 +131,7 @@ def test_all_runs_begin_with_the_same_model_and_those_as_drawn_with_the_same_bat
     first = {label: read_metrics(finished / label / "metrics.jsonl")[0] for label in ("weight", "uniform", "dsir")}
     assert first["weight"]["loss"] == first["uniform"]["loss"]
     assert first["uniform"]["weighted_loss"] == first["uniform"]["loss"]
-    assert first["dsir"]["kept_share"] == {"prose": 1.0, "tables": 0.0}
+    assert first["dsir"]["trained_share"] == {"prose": 1.0, "tables": 0.0}
 
 
 def test_files_are_there(finished):

@@ -85,7 +85,7 @@ def records(out: Path, label: str) -> list[Record]:
 
 
 def mean_share(out: Path, label: str, source: str, steps: slice) -> float:
-    return float(np.mean([line["kept_share"][source] for line in lines(out, label)[steps]]))
+    return float(np.mean([line["trained_share"][source] for line in lines(out, label)[steps]]))
 
 
 # ---- What each method promises --------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_the_oracle_trains_on_the_target_alone(finished: Path, summaries: dict[s
     for label in ("oracle", "oracle-weight"):
         last = summaries[label]["shares_by_source"]
         assert last["prose"] > 0.8
-    assert {line["kept_share"]["prose"] for line in lines(finished, "oracle")} == {1}
+    assert {line["trained_share"]["prose"] for line in lines(finished, "oracle")} == {1}
     for line in lines(finished, "oracle-weight"):
         weights = line["mean_weight"]
         others = {weight for source, weight in weights.items() if source != "prose"}
@@ -186,9 +186,10 @@ def test_what_judges_take_is_counted(summaries: dict[str, dict[str, Any]], finis
     assert scoring["similarity-weight"] == forward * (batch + BATCH * STEPS)
     assert scoring["alignment"] == 2 * forward * drawn + validation
     assert scoring["alignment-weight"] == forward * batch + validation
-    pool = scoring["rho-weight"]  # the holdout model has read it once
-    assert scoring["rho"] == pool + forward * drawn
-    assert scoring["difference"] == 2 * pool
+    pool = json.loads((finished / "samples.json").read_text())["train"]["samples"]
+    a_sample = scoring["rho-weight"] / min(batch, pool)  # the holdout model has read each one that was drawn, once
+    assert scoring["rho"] == a_sample * min(drawn, pool) + forward * drawn
+    assert scoring["difference"] == 2 * a_sample * min(drawn, pool)
     for label, run in summaries.items():
         reads = label in ("rho", "rho-weight", "difference")
         assert (run["compute"]["reference_flops"] > 0) == reads

@@ -30,7 +30,9 @@ from small_job import (
 
 from tests.conftest import Address
 from trainer_client.run.__main__ import main
+from trainer_client.run.data import BatchOrder
 from trainer_client.run.metrics import read_metrics
+from trainer_client.run.recorder import Record, read_records
 from trainer_client.run.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("same_threads_after")
@@ -56,6 +58,51 @@ def test_a_run_killed_at_a_random_step_resumes_bit_by_bit(data, finished, servic
     about = read(out / "summary.json")["weighter"]
     assert about["applied_updates"] == about["inner"]["applied_updates"] == STEPS // 4
     assert_same_tensors(exported_weighter(out), exported_weighter(finished))
+
+
+def test_what_the_service_remembers_of_samples_changes_costs_alone(data, tmp_path, monkeypatch):
+    """Remembered or computed again, by a run in one piece or one that was killed: bit by bit the same."""
+    several = 9  # candidates a place, so that the pool is passed several times
+    flags = [*data, "--mode", "select", "--candidates", str(several)]
+
+    def out(name: str, samples: int) -> Path:
+        monkeypatch.setenv("WEIGHBRIDGE_CACHED_SAMPLES", str(samples))
+        return tmp_path / name
+
+    def records(folder: Path) -> list[Record]:
+        return read_records(folder / "select" / "selection.record", BATCH, several * BATCH)
+
+    nothing, everything, killed = out("nothing", 0), tmp_path / "everything", tmp_path / "killed"
+    assert main([*flags, "--out", str(nothing)]) == 0
+    out("everything", 10_000)
+    assert main([*flags, "--out", str(everything)]) == 0
+    out("killed", 150)
+    process = start([*flags, "--out", str(killed)])
+    when(lambda: count_lines(killed / "select" / "metrics.jsonl") >= 11, process)
+    process.kill()
+    process.communicate()
+    assert main(["--resume", "--out", str(killed)]) == 0
+
+    for other in (everything, killed):
+        assert_same_tensors(final(other, "select"), final(nothing, "select"))
+        assert_same_tensors(exported_weighter(other), exported_weighter(nothing))
+        for x, y in zip(records(other), records(nothing), strict=True):
+            np.testing.assert_array_equal(x.kept, y.kept)
+            assert (x.position, x.probes, x.trust, x.taught) == (y.position, y.probes, y.trust, y.taught)
+    computed = [sum(record.computed for record in records(folder)) for folder in (nothing, killed, everything)]
+    pool = read(nothing / "samples.json")["train"]["samples"]
+    order = BatchOrder(range(pool), several * BATCH, seed=0)
+    drawn = sum(
+        len(set(order.indices(step))) for step in range(STEPS)
+    )  # a step may see the end of an epoch and the next
+    assert drawn == computed[0] > computed[1] > computed[2] == pool
+    least, most = (read(folder / "summary.json") for folder in (everything, nothing))
+    assert least["compute"]["scoring_flops"] == pytest.approx(most["compute"]["scoring_flops"] * pool / drawn)
+    for summary in (least, most):
+        spent = sum(summary["compute"][f"{name}_flops"] for name in ("training", "teaching", "scoring"))
+        assert summary["spent_curve"][-1] == pytest.approx(spent)
+    first, last = least["spent_curve"][0], least["spent_curve"][-1]
+    assert first / last > least["test_curve"][0][0] / STEPS  # most is scored early
 
 
 def test_the_records_alone_make_a_resume_exact(finished, tmp_path):
@@ -155,6 +202,7 @@ def _assert_same_training(out: Path, finished: Path, label: str) -> None:
     for line in (*replayed, *recorded):
         line.pop("seconds")
         line.pop("staleness", None)  # of scores: here nothing is scored
+        line.pop("cotangent", None)  # here nothing is taught
     assert replayed == recorded
 
 

@@ -41,9 +41,10 @@ from weighting_contract.reference import write_reference
 from weighting_contract.tensors import from_message, to_message
 from weighting_service.domain import Inputs
 from weighting_service.reference import Reference, load_reference
-from weighting_service.weighter import load_weighter
+from weighting_service.weighter import Weighter
 
 BATCH = models.random_rows(5, 12)
+WINDOWS = list(np.random.default_rng(6).integers(0, models.VOCABULARY, (12, models.SEQ_LEN)))  # all of one length
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_a_score_is_the_weighters_on_statistics_made_directly(
     np.testing.assert_allclose(statistics(response), expected, atol=1e-5)
     for name, content in shared.ExportWeighter(pb.ExportWeighterRequest(name="w")).files.items():
         (tmp_path / name).write_bytes(content)
-    direct = load_weighter(tmp_path).score([Inputs(features=expected)])[0]
+    direct = Weighter.from_pretrained(tmp_path).score([Inputs(features=expected)])[0]
     np.testing.assert_allclose(from_message(response.logits, "logits"), direct.logits, atol=1e-4)
     np.testing.assert_allclose(weights(response), direct.weights, atol=1e-4)
     assert weights(response).std() > 0.05
@@ -159,6 +160,35 @@ def test_jobs_see_their_own_target_only(shared: Any, running: Address, reference
         np.testing.assert_allclose(got, by_hand(reference, BATCH, names, documents(seed)), atol=1e-5)
 
 
+def test_what_is_known_of_samples_is_not_computed_again_whoever_asks(stub: Any) -> None:
+    """The reference's statistics, that is: those against the target are each job's own."""
+    names = column_names(opened(stub, "mine", seed=1))
+    opened(stub, "theirs", seed=2)
+    mine = scored(stub, BATCH, "mine")
+    theirs = scored(stub, BATCH, "theirs")
+    again = scored(stub, [*BATCH[::-1], np.arange(5)], "mine")
+    assert (mine.computed_samples, theirs.computed_samples, again.computed_samples) == (len(BATCH), 0, 1)
+    against_target = [names.index(name) for name in NGRAM_NAMES]
+    portable = [i for i in range(len(names)) if i not in against_target]
+    np.testing.assert_array_equal(statistics(mine)[:, portable], statistics(theirs)[:, portable])
+    assert np.abs(statistics(mine) - statistics(theirs))[:, against_target].max() > 0.1
+    features = stub.Score(pb.ScoreRequest(job_id="mine", inputs=pb.Inputs(features=mine.statistics)))
+    assert features.HasField("computed_samples")
+    assert features.computed_samples == 0
+
+
+def test_a_service_that_keeps_no_samples_computes_all_of_them(tmp_path: Path) -> None:
+    answers = []
+    for cached in (0, 5, 1000):
+        with Served(tmp_path / str(cached), cached_samples=cached) as stub:
+            opened(stub)
+            answers.append([scored(stub, windows) for windows in (WINDOWS[:9], WINDOWS[4:], WINDOWS)])
+    assert [[answer.computed_samples for answer in of] for of in answers] == [[9, 8, 12], [9, 3, 7], [9, 3, 0]]
+    for some in answers[1:]:
+        for x, y in zip(some, answers[0], strict=True):
+            assert (x.weights, x.logits, x.statistics) == (y.weights, y.logits, y.statistics)  # to the last bit
+
+
 def test_no_answer_holds_a_profile(shared: Any, running: Address) -> None:
     service = pb.DESCRIPTOR.services_by_name["WeightingService"]
     for method in service.methods:
@@ -206,7 +236,8 @@ def test_a_log_is_replayed_without_the_reference_and_goes_on_with_it(tmp_path: P
     with Served(tmp_path / "state") as stub:
         opened(stub)
         for step in range(12):
-            response = scored(stub, models.random_rows(step, 8), min_position=LESSONS + step)
+            rows = models.random_rows(20 + step, 8)  # none of BATCH, whose rows are to be computed in one pass
+            response = scored(stub, rows, min_position=LESSONS + step)
             probes = to_message(np.array([1, 1, 0, 0, 0, 0, 1, 0], np.uint8))
             taught(stub, step, statistics(response), rng.normal(size=8), scored_position=LESSONS + step, probes=probes)
         end = LESSONS + 12
@@ -256,11 +287,11 @@ def test_a_damaged_profile_is_stored_again_where_the_job_is_opened_with_it(tmp_p
 class Served:
     """A service over a state directory, as a stub."""
 
-    def __init__(self, state: Path) -> None:
-        self._state = state
+    def __init__(self, state: Path, **settings: Any) -> None:
+        self._state, self._settings = state, settings
 
     def __enter__(self) -> Any:
-        self._service = ServiceThread(self._state)
+        self._service = ServiceThread(self._state, **self._settings)
         self._channel = grpc.insecure_channel(f"127.0.0.1:{self._service.address.grpc_port}")
         return WeightingServiceStub(self._channel)
 
@@ -339,15 +370,20 @@ def test_metrics_of_a_reference(stub: Any, rest: httpx.Client) -> None:
         families = {f.name: f for f in text_string_to_metric_families(rest.get("/metrics").text)}
         return families, {
             name: sum(s.value for s in families[f"weighbridge_reference_{name}"].samples if s.name.endswith("_total"))
-            for name in ("samples", "cut_samples", "tokens", "padded_tokens", "seconds")
+            for name in ("samples", "known_samples", "cut_samples", "tokens", "padded_tokens", "seconds")
         }
 
     wait_for(lambda: shown()[1]["samples"])  # a pass is counted once its callers have their answers
     families, values = shown()
-    assert (values["samples"], values["cut_samples"]) == (13, 1)
+    assert (values["samples"], values["known_samples"], values["cut_samples"]) == (13, 0, 1)
     assert values["tokens"] == sum(min(len(row) - 1, models.SEQ_LEN) for row in rows)
     assert values["padded_tokens"] >= values["tokens"]
     assert 0 < values["seconds"] <= families["weighbridge_device_seconds"].samples[0].value
+    scored(stub, rows[5:])
+    wait_for(lambda: shown()[1]["samples"] == 21)
+    later = shown()[1]
+    assert (later["known_samples"], later["cut_samples"]) == (8, 2)
+    assert (later["tokens"], later["padded_tokens"]) == (values["tokens"], values["padded_tokens"])
     assert families["weighbridge_references"].samples[0].value == 2
 
 

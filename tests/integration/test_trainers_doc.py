@@ -108,6 +108,8 @@ def test_python(section: str, service: Address, in_folder: Path, capsys: pytest.
     taught |= {"Lightning": "lightning", "Packed sequences": "packed"}
     if section in taught:
         assert position(service, taught[section]) == steps
+    if section == "Own loop":
+        assert position(service, "late") == names["job"].counters.scored == steps
     if section == "Own loop with selection":
         assert position(service, "chosen") == names["job"].counters.selected == steps // 2
     if section == "Hugging Face":

@@ -78,3 +78,18 @@ def test_gradients_are_clipped_to_their_norm(largest: float, expected: float) ->
     gradient = torch.tensor([3.0, 4.0, 12.0], dtype=torch.float64)
     assert clipped(gradient, largest) == pytest.approx(13.0)
     assert float(gradient.norm()) == pytest.approx(expected)
+
+
+def test_settled_the_rate_falls_as_one_over_the_steps_down_to_a_tenth() -> None:
+    layout = Layout(tensors(0))
+    parameters = vector_of(layout, tensors(0))
+    learning = LearningSpec(learning_rate=0.02, weight_decay=0.0, settle_after=4)
+    ours = AdamW(parameters, learning, layout.matrices)
+    gradient = torch.ones(layout.size, dtype=torch.float64)  # the same at every step: each moves by the rate itself
+    moved = []
+    for _ in range(60):
+        before = float(parameters[0])
+        assert ours.step(gradient)
+        moved.append(before - float(parameters[0]))
+    expected = [0.02] * 4 + [0.02 * 4 / step for step in range(5, 41)] + [0.002] * 20
+    assert moved == pytest.approx(expected, rel=1e-6)

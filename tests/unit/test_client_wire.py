@@ -47,6 +47,22 @@ def test_a_spec_is_sent_with_all_its_values() -> None:
     assert wire.spec_message(spec.to_dict()) == wire.spec_message(spec)
 
 
+def test_single_values_of_a_spec_are_sent_alone() -> None:
+    sent = wire.spec_changes({"learning": {"learning_rate": 0.5}, "seed": 7})
+    assert rest_json.to_json(sent) == {"learning": {"learning_rate": 0.5}, "seed": 7}
+    for values, message in (({"lerning": {}}, "lerning"), ({"head": {"width": "wide"}}, "width")):
+        with pytest.raises(InvalidArgument, match=rf"spec can't be read: .*{message}"):
+            wire.spec_changes(values)
+
+
+def test_files_of_an_export_travel_as_base64() -> None:
+    request = pb.CreateWeighterRequest(name="w", files={"config.json": b"{}", "model.safetensors": b"\x00"})
+    assert rest_json.ROUTES["CreateWeighter"](request).body == {
+        **{"name": "w", "exist_ok": False, "initial": ""},
+        "files": {"config.json": "e30=", "model.safetensors": "AA=="},
+    }
+
+
 def test_rest_bodies_are_plain() -> None:
     inputs = pb.Inputs(
         tokens=to_message(np.array([[1, 2, 0], [3, 4, 5]])), lengths=to_message(np.array([2, 3])), texts=[]
@@ -138,6 +154,17 @@ def test_scores_in_json_are_read_back() -> None:
     assert without.statistics is None
     assert wire.read_scores(given, 1).statistics.tolist() == [[1.0, 2.0]]  # type: ignore[arg-type, union-attr]
     assert given.trust == 0.25  # type: ignore[attr-defined]
+    assert without.computed_samples is None  # of an older service
+    for computed in (0, 1):
+        known = wire.read_scores(read(answer | {"computed_samples": computed}), 1)  # type: ignore[arg-type]
+        assert known.computed_samples == computed
+
+
+@pytest.mark.parametrize("computed", [-1, 3])
+def test_more_samples_computed_than_sent_are_internal_errors(computed: int) -> None:
+    ones = to_message(np.ones(2, np.float32))
+    with pytest.raises(Internal, match=f"it computed {computed} of 2 samples"):
+        wire.read_scores(pb.ScoreResponse(weights=ones, logits=ones, computed_samples=computed), 2)
 
 
 @pytest.mark.parametrize("lengths", [[2], [0, 3], [2, 4]])

@@ -73,6 +73,15 @@ def test_figures_are_means_over_seeds_at_equal_steps_and_at_equal_compute(result
     assert by_method["dwm-weight"].compute_to_uniform < 1
 
 
+def test_what_is_scored_once_is_spent_early() -> None:
+    run = replace(result("dwm", 3.0, scoring=100.0), spent=[0.0, 150.0, 200.0])
+    assert run.flops_a_step == 2
+    assert run.loss_after(75.0) == pytest.approx((6 + 4.5) / 2)
+    assert run.loss_after(175.0) == pytest.approx((4.5 + 3) / 2)
+    assert run.flops_to(4.5) == pytest.approx(150)
+    assert run.flops_to(3.75) == pytest.approx(175)
+
+
 def test_a_loss_that_is_never_reached_costs_without_end(results: Results) -> None:
     runs = [*results.runs, *(result("worse", 5.0, seed=s) for s in range(2))]
     worse = replace(results, methods={**METHODS, "worse": {}}, runs=runs)

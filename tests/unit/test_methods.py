@@ -124,7 +124,7 @@ def test_the_scale_of_logits_does_not_matter() -> None:
 
 
 def test_costs_add_up() -> None:
-    assert Cost(per_sample=2, per_step=10, once=100).of(steps=3, samples=5) == 140
+    assert Cost(per_sample=2, per_step=10, per_new_sample=100).of(steps=3, samples=5, different=4) == 440
 
 
 # ---- Judges ---------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_a_reference_of_the_service_alone_is_one_sentence(task: Task, reference:
 def test_those_with_the_highest_weights_are_kept_and_put_on_record(
     task: Task, model: torch.nn.Module, tmp_path: Path
 ) -> None:
-    judge = StaticJudge((task.train.source_index == 2).astype(np.float32), Cost(once=5))
+    judge = StaticJudge((task.train.source_index == 2).astype(np.float32), Cost(per_new_sample=5))
     sharpness = Sharpness(temperature=0.05, min_effective_share=0.05)
     with Recorder(tmp_path / "record", KEEP, CANDIDATES) as recorder:
         chooser = JudgedChooser(judge, sharpness, task, model, recorder, KEEP)
@@ -289,8 +289,10 @@ def test_those_with_the_highest_weights_are_kept_and_put_on_record(
         assert choice.drawn.tolist() == task.candidate_order.indices(step).tolist()
         assert len(set(choice.indices)) == KEEP
         of_target = int((task.train.source_index[choice.drawn] == 2).sum())
-        assert choice.metrics["kept_share"]["target"] * KEEP == min(KEEP, of_target)
-    assert chooser.flops(STEPS) == 5
+        assert task.share_by_source(choice.indices)["target"] * KEEP == min(KEEP, of_target)
+    different = len(np.unique([choice.drawn for choice in choices]))
+    assert chooser.flops(STEPS) == 5 * different
+    assert chooser.flops(10_000) == 5 * len(task.train)
     never = StaticJudge(np.zeros(0))  # has no logit for any sample
     with Recorder(tmp_path / "record", KEEP, CANDIDATES) as recorder:
         again = JudgedChooser(never, sharpness, task, model, recorder, KEEP)

@@ -52,5 +52,5 @@ def test_a_few_short_rows_share_a_pass() -> None:
 
 
 def test_efficiency() -> None:
-    assert PackReport(1, 2, 30, 40, 0).efficiency == 0.75
-    assert PackReport(0, 0, 0, 0, 0).efficiency == 1
+    assert PackReport(1, 2, 30, 40, 0, (1, 1)).efficiency == 0.75
+    assert PackReport(0, 0, 0, 0, 0, ()).efficiency == 1

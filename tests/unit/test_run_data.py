@@ -71,17 +71,20 @@ def test_validation_is_split_in_two_halves_that_share_nothing(tmp_path: Path) ->
     assert (texts(again.validation), texts(again.test)) == (texts(corpus.validation), texts(corpus.test))
 
 
-def test_splits_never_overlap_and_the_count_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_splits_never_overlap_and_the_count_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = write(tmp_path / "train.jsonl", ["a", "b", "c", "d  d\n", "a"])
     val = write(tmp_path / "val.jsonl", ["b", "x", "y"])
     test = write(tmp_path / "test.jsonl", ["d d", "y"])
-    with caplog.at_level(logging.INFO):
-        corpus = load_corpus(train, val, test)
+    corpus = load_corpus(train, val, test)
     assert texts(corpus.train) == ["a", "c", "a"]
     assert texts(corpus.validation) == ["b", "x"]
     assert texts(corpus.test) == ["d d", "y"]
-    assert "2 of 5 documents removed from train" in caplog.text
-    assert "1 of 3 documents removed from validation" in caplog.text
+    of_validation, of_train = corpus.warnings
+    assert of_train.startswith("2 of 5 documents removed from train: they are in validation or test too")
+    assert of_validation.startswith("1 of 3 documents removed from validation: they are in test too")
+    assert ("take them out of --data" in of_train, "take them out of --val" in of_validation) == (True, True)
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("WARNING", w) for w in corpus.warnings]
+    assert load_corpus(write(tmp_path / "other.jsonl", ["c"]), val, write(tmp_path / "t.jsonl", ["z"])).warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -218,3 +221,26 @@ def test_the_demo_has_about_an_epoch_of_data(builtin: Corpus) -> None:
     prose = np.mean(samples.source_index == samples.sources.index("prose"))
     assert 0.15 < prose < 0.25
     assert len(make_samples(builtin.test, tokenizer, 64)) > 300
+
+
+# ---- Groups and lengths ---------------------------------------------------------------------------------------------
+
+
+def test_training_documents_must_have_the_field_that_they_are_grouped_by(tmp_path):
+    rows = [{"text": f"document {n}", "topic": "odd" if n % 2 else "even"} for n in range(4)]
+    pool, val = tmp_path / "pool.jsonl", write(tmp_path / "val.jsonl", ["one", "two"])
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = load_corpus(str(pool), val, group_by="topic")
+    assert [document.source for document in corpus.train] == ["even", "odd", "even", "odd"]
+    assert {document.source for document in corpus.validation} == {"no topic"}  # only the pool is asked to have it
+    with pytest.raises(
+        InvalidArgument, match="--group-by is colour, but none of the 4 training documents has that field"
+    ):
+        load_corpus(str(pool), val, group_by="colour")
+
+
+def test_documents_keep_their_tokens_with_the_rests(byte_tokenizer):
+    documents = [Document("abcdefghij", "s"), Document("xyz", "r"), Document("ABCDEFG", "r")]
+    samples = make_samples(documents, byte_tokenizer, 4)
+    assert samples.document_tokens.tolist() == [10, 7]  # the second is too short for a sample
+    assert samples.document_tokens[samples.document_index].tolist() == [10, 10, 7]

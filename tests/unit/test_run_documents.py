@@ -156,3 +156,39 @@ def test_dataset_rows_become_documents() -> None:
     assert list(dataset_documents(rows, "somebody/texts:plain@train")) == [Document("a", "texts"), Document("b", "s")]
     with pytest.raises(InvalidArgument, match="x, row 1 has no field text; its fields: body"):
         list(dataset_documents(datasets.Dataset.from_list([{"body": "a"}]), "x"))
+
+
+# ---- Grouped by another field ---------------------------------------------------------------------------------------
+
+GROUPED = [
+    {"text": "a", "source": "web", "year": 2020},
+    {"text": "b", "year": "2021"},
+    {"text": "c", "year": None},
+    {"text": "d"},
+    {"text": "e", "year": True},
+]
+GROUPS = ["2020", "2021", "no year", "no year", "True"]
+
+
+@pytest.mark.parametrize("name", ["pool.jsonl", "pool.jsonl.gz"])
+def test_another_field_takes_the_place_of_the_source(tmp_path: Path, name: str) -> None:
+    found = read_documents(write_jsonl(tmp_path / name, list(GROUPED)), group_by="year")
+    assert [(d.text, d.source) for d in found] == list(zip("abcde", GROUPS, strict=True))
+
+
+def test_another_field_of_parquet_datasets_and_texts(tmp_path: Path) -> None:
+    path = tmp_path / "pool.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "year": [2020, 2021, None]}), path)
+    assert [d.source for d in read_documents(str(path), group_by="year")] == ["2020", "2021", "no year"]
+    assert [d.source for d in read_documents(str(path), group_by="month")] == ["no month"] * 3
+    assert [d.source for d in dataset_documents(GROUPED, "somebody/texts", "year")] == GROUPS
+    (tmp_path / "novel.txt").write_text("First.")
+    assert read_documents(str(tmp_path / "novel.txt"), group_by="year") == [Document("First.", "no year")]
+
+
+def test_a_field_that_can_name_no_group_is_one_sentence(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "pool.jsonl", [{"text": "a", "tags": ["x"]}])
+    with pytest.raises(
+        InvalidArgument, match="line 1: tags, which documents are grouped by, is list, expected a string"
+    ):
+        read_documents(path, group_by="tags")

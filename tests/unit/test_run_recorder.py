@@ -22,15 +22,18 @@ def _record(step: int, candidates: int = CANDIDATES) -> Record:
         fallback=step == 2,
         trust=rng.random(),
         taught=step // 2,
+        quarters=rng.integers(0, 4, B).astype(np.int8) if step % 2 else None,
+        computed=3 * step,
     )
 
 
 def _assert_same(a: Record, b: Record) -> None:
-    for name in ("step", "probes", "position", "fallback", "trust", "taught"):
+    for name in ("step", "probes", "position", "fallback", "trust", "taught", "computed"):
         assert getattr(a, name) == getattr(b, name), name
     assert a.weights.tobytes() == b.weights.tobytes()
     assert a.kept.dtype == np.int64
     assert a.kept.tolist() == b.kept.tolist()
+    assert a.quarters.tolist() == ([-1] * B if b.quarters is None else b.quarters.tolist())
 
 
 def test_records_come_back_bit_by_bit(tmp_path):

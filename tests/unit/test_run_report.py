@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from trainer_client.run.report import (
     Reached,
     RunSummary,
     first_reached,
+    flops_at_points,
     job_summary,
     loss_at_compute,
     mean_effective_size,
@@ -145,6 +148,17 @@ def test_summaries_round_trip(tmp_path):
         RunSummary.read(tmp_path / "s.json")
 
 
+@pytest.mark.parametrize(("change", "named"), [({"more": 1}, "more"), ({"steps": None}, "steps")])
+def test_a_summary_of_another_version_is_named_as_one(tmp_path, change, named):
+    path = tmp_path / "s.json"
+    values = {**dataclasses.asdict(_summary("select", 4.3)), **change}
+    write_json(path, {name: value for name, value in values.items() if value is not None or name not in change})
+    with pytest.raises(
+        InvalidArgument, match=rf"is the summary of a run of another version \(they differ in {named}\)"
+    ):
+        RunSummary.read(path)
+
+
 def test_job_summary_has_the_main_run_on_top_and_the_others_beside_it():
     runs = {"weight": _summary("weight", 4.25), "uniform": _summary("uniform", 4.5)}
     summary = json.loads(json.dumps(job_summary(runs, "weight")))
@@ -166,6 +180,15 @@ def test_loss_at_compute_is_the_nearest_evaluation_where_the_curve_ends():
     costly.compute["scoring_flops"] = 1000.0
     assert loss_at_compute(uniform, uniform) == 4.0
     assert loss_at_compute(costly, uniform) == CURVE[0][2]
+
+
+def test_loss_at_compute_counts_what_was_spent_by_then():
+    """Candidates are scored when they come first: half of the run may cost more than half of all."""
+    uniform = _summary("uniform", 4.0)
+    early = replace(_summary("select", 4.0), spent_curve=[5.0, 12.0, 15.0, 20.0])
+    assert flops_at_points(early) == [5, 12, 15, 20]
+    assert flops_at_points(uniform) == [2.5, 5, 7.5, 10]
+    assert loss_at_compute(early, uniform) == pytest.approx(6 - 5 / 7)  # of 10 FLOPs, at 5 of the 7 to the next point
 
 
 def test_a_run_that_stays_above_uniform_never_reaches_it():
@@ -209,6 +232,18 @@ def test_four_runs_fit_into_80_columns():
     assert rows["waiting for scores, s"] == ["-", "-", "0.3", "0.3"]
     assert all(len(values) == 4 for values in rows.values())
     assert not any(not name for name in rows)  # no row takes two lines
+
+
+def test_many_runs_are_rows_and_fit_into_80_columns_the_best_one_first():
+    labels = ("select", "uniform", "dsir", "rho", "similarity-weight", "alignment", "oracle")
+    runs = {label: _summary(label, 4.0 + i / 10) for i, label in enumerate(labels)}
+    text, rows = _shown(runs, "oracle")
+    assert "7 runs, of which oracle is the main one; seed 0" in text
+    assert "…" not in text
+    assert [name for name in rows if name] == list(labels)
+    assert rows["uniform"][:3] == ["4.100", "4.100", "40"]
+    assert rows["oracle"][:3] == ["4.600", "4.600", "never"]
+    assert rows["select"][1:] == ["5.000", "39", "1.20", "0.90", "1"]
 
 
 def test_rows_that_say_nothing_are_left_out():

@@ -111,6 +111,36 @@ def test_a_raw_row_depends_on_its_own_sample_only() -> None:
         torch.testing.assert_close(together[i : i + 1], unpadded, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("places", [1, 31, 64, 1000])
+def test_raw_rows_are_the_same_bits_however_many_are_in_a_call(masked: bool, dtype: torch.dtype, places: int) -> None:
+    """Ranks split a batch, and a service puts several into one pass or keeps the rows of samples that it has seen."""
+    samples = 23
+    generator = torch.Generator().manual_seed(places)
+    losses = (torch.rand(samples, places, generator=generator).square() * 6).to(dtype)
+    unigram = torch.rand(samples, places, generator=generator) * 8
+    lengths = torch.randint(0, places + 1, (samples, 1), generator=generator)
+    mask = torch.arange(places) < lengths if masked else None
+    together = raw_statistics(losses, unigram, mask)
+    for size in (1, 2, 3, 7, 16):
+        starts = range(0, samples, size)
+        parts = [
+            raw_statistics(losses[i : i + size], unigram[i : i + size], None if mask is None else mask[i : i + size])
+            for i in starts
+        ]
+        assert torch.equal(torch.cat(parts), together), size
+    # Nor on how the rows lie in memory.
+    by_column = [None if given is None else given.T.contiguous().T for given in (losses, unigram, mask)]
+    assert torch.equal(raw_statistics(*by_column), together)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("samples", [1, 5, 32, 100])
+def test_a_mask_that_hides_nothing_changes_no_bit(samples: int) -> None:
+    losses, unigram, mask = draw(samples=samples)
+    assert torch.equal(raw_statistics(losses, unigram, torch.ones_like(mask)), raw_statistics(losses, unigram))
+
+
 def test_rows_from_several_ranks_standardise_as_one_batch() -> None:
     losses, unigram, mask = draw()
     parts = [raw_statistics(losses[i:j], unigram[i:j], mask[i:j]) for i, j in pairwise((0, 2, 5, B))]

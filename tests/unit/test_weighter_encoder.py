@@ -15,7 +15,7 @@ import transformers
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.spec import FeatureSpec, HeadSpec, TokenSpec, WeighterSpec
 from weighting_service.domain import Inputs, MetaUpdate
-from weighting_service.weighter import Weighter, encoder, load_weighter, save_weighter
+from weighting_service.weighter import Weighter, encoder
 from weighting_service.weighter.encoder import TokenEncoder
 
 CPU = torch.device("cpu")
@@ -154,11 +154,11 @@ def test_a_pretrained_folder_is_loaded(models_dir: Path, train_encoder: bool) ->
 
 def test_an_export_of_a_pretrained_encoder_needs_no_models_directory(models_dir: Path, tmp_path: Path) -> None:
     weighter = taught(Weighter(spec_of(pretrained="small"), device=CPU, models_dir=models_dir))
-    save_weighter(weighter, tmp_path / "export")
-    loaded = load_weighter(tmp_path / "export")
+    weighter.save_pretrained(tmp_path / "export")
+    loaded = Weighter.from_pretrained(tmp_path / "export")
     inputs = batch(9, 12, seed=8)
     np.testing.assert_array_equal(loaded.score([inputs])[0].logits, weighter.score([inputs])[0].logits)
-    save_weighter(loaded, tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "export" / "model.safetensors"
     ).read_bytes()

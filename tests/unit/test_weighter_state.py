@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +19,6 @@ from weighting_service.weighter import (
     Published,
     Weighter,
     count_parameters,
-    load_parameters,
-    load_weighter,
-    save_weighter,
-    weighter_files,
 )
 from weighting_service.weighter.model import Samples
 
@@ -329,65 +324,6 @@ def test_one_sample_has_nothing_to_compare_with() -> None:
     weighter = taught(FEATURES, 1)
     weighter.apply(2, MetaUpdate("job", "2", 2, inputs_of(FEATURES, 5, samples=1), np.array([3.0], np.float32), 1))
     assert weighter.statistics.updates_skipped == 1
-
-
-# ---- Exports -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_an_export_starts_a_new_weighter_with_the_same_weights(spec: WeighterSpec, tmp_path: Path) -> None:
-    weighter = taught(spec, 5)
-    save_weighter(weighter, tmp_path / "export")
-    assert sorted(p.name for p in (tmp_path / "export").iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    config = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert (config["format"], config["position"]) == (1, 5)
-    loaded = load_weighter(tmp_path / "export")
-    inputs = inputs_of(spec, 42)
-    np.testing.assert_array_equal(loaded.score([inputs])[0].weights, weighter.score([inputs])[0].weights)
-    assert loaded.position == 0
-    assert loaded.statistics.updates_applied == 0
-    assert loaded.spec.features == spec.features
-    before = loaded.score([inputs])[0].weights
-    advance(loaded, 1)
-    assert not np.array_equal(loaded.score([inputs])[0].weights, before)
-
-
-def test_the_card_names_inputs_and_history() -> None:
-    card = weighter_files(taught(TOKENS, 5))["README.md"].decode()
-    assert "3 features (a, b, c); a pooled hidden state of 2; up to 16 tokens" in card
-    assert "| meta-updates | 5 applied, 0 skipped |" in card
-
-
-def test_parameters_move_between_weighters_that_differ_in_learning_only() -> None:
-    weighter = taught(FEATURES, 5)
-    other = Weighter(replace(FEATURES, seed=9, learning=LearningSpec(learning_rate=1e-2)), device=CPU)
-    load_parameters(other, weighter_files(weighter))
-    inputs = inputs_of(FEATURES, 42)
-    np.testing.assert_array_equal(other.score([inputs])[0].logits, weighter.score([inputs])[0].logits)
-
-
-def test_exports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    files = weighter_files(taught(FEATURES, 2))
-    renamed = replace(FEATURES, features=FeatureSpec(names=("a", "c", "b"), hidden_size=2))
-    with pytest.raises(InvalidArgument, match=r"the export's spec\.features\.names is .*'a', 'b', 'c'.*, but this"):
-        load_parameters(Weighter(renamed, device=CPU), files)
-    two_heads = replace(FEATURES, head=HeadSpec(width=8, attention_heads=2))
-    with pytest.raises(InvalidArgument, match=r"spec\.head\.attention_heads is 4, but this weighter's is 2"):
-        load_parameters(Weighter(two_heads, device=CPU), files)
-    fresh = Weighter(FEATURES, device=CPU)
-    for name, data, text in [
-        ("model.safetensors", files["model.safetensors"][:-8], "model.safetensors is damaged"),
-        ("config.json", b"{", "config.json is not JSON"),
-        ("config.json", b'{"format": 7}', "config.json is not of format 1"),
-    ]:
-        with pytest.raises(InvalidArgument, match=text):
-            load_parameters(fresh, {**files, name: data})
-    with pytest.raises(InvalidArgument, match=r"has no model\.safetensors"):
-        load_parameters(fresh, {"config.json": files["config.json"]})
-    with pytest.raises(InvalidArgument, match=r"has no config\.json, expected the folder of an exported weighter"):
-        load_weighter(tmp_path)
-    with pytest.raises(ValueError, match="position 2; only a fresh one"):
-        load_parameters(taught(FEATURES, 2), files)
 
 
 # ---- Scoring while learning ----------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ class Weighting:
     role: Literal["learn", "frozen"] = "learn"
     on_failure: OnFailure = "uniform"
     cadence: Cadence = field(default_factory=Cadence)
-    meta_batch: int = 16
-    validation_batch: int = 8
+    meta_batch: int = 12
+    validation_batch: int = 4
     counts: Tensor | None = None
     counted_steps: int = 64
     alpha: float | None = None

@@ -21,8 +21,8 @@ from trainer_client.run.config import RunConfig
 from trainer_client.run.data import BatchOrder, Document, Progress, Samples, load_corpus, load_documents, unigram_counts
 from trainer_client.run.evaluate import fixed_subset, mean_loss
 from trainer_client.run.forward import token_losses
-from trainer_client.run.loop import build_optimizer, learning_rate, optimise
 from trainer_client.run.models import build_model, count_parameters, no_progress_bar
+from trainer_client.run.optimiser import build_optimizer, learning_rate, optimise
 from trainer_client.run.task import to_tensor
 from trainer_client.run.tokenizer import Tokenizer
 from weighting_contract.ngrams import count_ngrams

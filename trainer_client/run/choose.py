@@ -17,10 +17,12 @@ from trainer_client.job import Job
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import BatchOrder
 from trainer_client.run.deliver import deliver
+from trainer_client.run.preferences import UNKNOWN, loss_quarters
 from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task, to_tensor
 from trainer_client.run.teach import MetaBatch
 from trainer_client.select import Selection, Selector
+from weighting_contract.columns import COLUMNS
 from weighting_contract.ngrams import ngram_log_ratio
 
 _SAMPLES_AT_ONCE = 4096
@@ -34,6 +36,8 @@ class Choice:
     drawn: np.ndarray  # [D] int64, those that they were chosen from, in the order of the step
     probes: int  # of the batch, drawn evenly; they come first
     fallback: bool = False  # the first of those drawn, as the weighter did not answer
+    computed: int = 0  # of those drawn, what a service's reference computed for the choice
+    quarters: np.ndarray | None = None  # [B], as of `loss_quarters` among those drawn, -1: not known; None: nowhere
     metrics: dict[str, Any] = field(default_factory=dict)  # of the choice
 
 
@@ -79,8 +83,7 @@ class MostAlike:
     def choose(self, step: int) -> Choice:
         drawn = self._task.candidate_order.indices(step)
         best = np.sort(np.argsort(-self._likeness[drawn], kind="stable")[: self._keep])
-        metrics = {"kept_share": self._task.share_by_source(drawn[best])}
-        return Choice(drawn[best], drawn, probes=0, metrics=metrics)
+        return Choice(drawn[best], drawn, probes=0)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -105,8 +108,18 @@ class Selected:
     learning: whatever was scored ahead is on record before a later meta-update can reach the weighter's log.
     """
 
-    def __init__(self, job: Job, recorder: Recorder, config: RunConfig, task: Task, cadence: Cadence) -> None:
+    def __init__(
+        self,
+        job: Job,
+        recorder: Recorder,
+        config: RunConfig,
+        task: Task,
+        cadence: Cadence,
+        columns: tuple[str, ...] = COLUMNS,
+    ) -> None:
+        """columns: what the weighter reads of each sample, in its order."""
         self._job, self._recorder, self._task, self._cadence = job, recorder, task, cadence
+        self._columns = columns
         self._steps, self._ahead = config.steps, config.ahead
         self._selector = Selector(
             job,
@@ -120,6 +133,7 @@ class Selected:
         self._taught_before: dict[int, int] = {}  # their number when a step was submitted
         self._selections: dict[int, Selection] = {}  # of steps not yet trained
         self.wait_seconds = 0.0  # that training has waited for selections
+        self.computed_again = 0  # samples that a reference computed beside those of the choices
 
     def choose(self, step: int) -> Choice:
         self._next = max(self._next, step)
@@ -130,13 +144,12 @@ class Selected:
         drawn = self._task.candidate_order.indices(step)
         kept = drawn[record.kept]
         metrics = {
-            "kept_share": self._task.share_by_source(kept),
             "selected": int(not record.fallback),
             "position": record.position,
             "staleness": self._taught - record.taught,
             "trust": record.trust,
         }
-        return Choice(kept, drawn, record.probes, record.fallback, metrics)
+        return Choice(kept, drawn, record.probes, record.fallback, record.computed, record.quarters, metrics)
 
     def learn(self, batch: MetaBatch) -> bool:
         """Teaches with the first samples of the step's batch; whether there was something to teach."""
@@ -163,11 +176,17 @@ class Selected:
         deliver(self._job)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"job": self._job.state_dict(), "taught": self._taught, "wait_seconds": self.wait_seconds}
+        return {
+            "job": self._job.state_dict(),
+            "taught": self._taught,
+            "wait_seconds": self.wait_seconds,
+            "computed_again": self.computed_again,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._job.load_state_dict(state["job"])
         self._taught, self.wait_seconds = state["taught"], state["wait_seconds"]
+        self.computed_again = state["computed_again"]
 
     def _submit_to(self, last: int) -> None:
         """Has everything up to step `last` scored that is not on record."""
@@ -195,6 +214,8 @@ class Selected:
             fallback=selection.fallback,
             trust=selection.trust,
             taught=self._taught_before.pop(step),
+            computed=0 if selection.fallback else self._computed(selection.computed_samples),
+            quarters=_quarters(selection, self._columns),
         )
         self._recorder.append(record)
         return record
@@ -204,6 +225,7 @@ class Selected:
         record = self._on_record(step)
         tokens = self._task.train.tokens[self._task.candidate_order.indices(step)]
         scores = self._job.score(tokens=tokens, step=step, return_statistics=True)
+        self.computed_again += 0 if scores.fallback else self._computed(scores.computed_samples)
         return Selection(
             step=step,
             kept=record.kept,
@@ -214,3 +236,15 @@ class Selected:
             trust=record.trust,
             weights=record.weights,
         )
+
+    def _computed(self, said: int | None) -> int:
+        """Samples of one score that the reference computed; all candidates where an older service doesn't say."""
+        return self._task.candidate_order.batch_size if said is None else said
+
+
+def _quarters(selection: Selection, columns: tuple[str, ...]) -> np.ndarray:
+    """[B] int8: by the reference's loss among the candidates, where the weighter reads it."""
+    if selection.all_statistics is None or "loss_z" not in columns:
+        return np.full(len(selection.kept), UNKNOWN, np.int8)
+    quarters = loss_quarters(selection.all_statistics[:, columns.index("loss_z")])
+    return np.asarray(quarters[selection.kept])

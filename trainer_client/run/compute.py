@@ -19,12 +19,14 @@ class Compute:
 
         training  = 6 N_trainer x steps x B x T
         teaching  = meta-updates x (2 N_trainer x n x T, more for other ways to the cotangent + 6 N_trainer x v x T)
-        scoring   = 2 N_reference x candidates that were scored x T; what a method's judge takes (run/methods)
+        scoring   = 2 N_reference x candidates computed x T; what a method's judge takes (run/methods)
         relative  = (training + teaching + scoring) / training: to a uniform run of as many steps
 
-    with T tokens a sample, n samples of a meta-update and v validation samples. Attention's share is left out, and so
-    is the weighter itself, which reads one row of a few statistics a sample. What training the reference took is given
-    beside it as `reference`: it is spent once a pool, and is no part of `relative`.
+    with T tokens a sample, n samples of a meta-update and v validation samples. Whatever does not change is computed
+    once a sample and counted once: candidates are, as the service says how many it computed (an older one doesn't: then
+    all count), and so are samples that a method's frozen models read. Attention's share is left out, and so is the
+    weighter itself, which reads one row of a few statistics a sample. What training the reference took is given beside
+    it as `reference`: it is spent once a pool, and is no part of `relative`.
     """
 
     training_flops: float
@@ -33,8 +35,12 @@ class Compute:
     reference_flops: float
 
     @property
+    def total(self) -> float:
+        return self.training_flops + self.teaching_flops + self.scoring_flops
+
+    @property
     def relative(self) -> float:
-        return (self.training_flops + self.teaching_flops + self.scoring_flops) / self.training_flops
+        return self.total / self.training_flops
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "relative": self.relative}

@@ -21,7 +21,7 @@ from trainer_client.cadence import Cadence
 from trainer_client.flags import add_flags, check_fields, credential_arguments, flag, given_flags, setting
 from trainer_client.run.config_file import read_settings
 from trainer_client.run.methods.names import JUDGED
-from trainer_client.run.variants import BEGINNINGS, LABELS, METHODS, MODES, ROLES, Variant, label_of, variant_of
+from trainer_client.run.variants import LABELS, METHODS, MODES, ROLES, Variant, label_of, variant_of
 from trainer_client.transports import check_url
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.spec import check_name
@@ -45,6 +45,9 @@ class RunConfig:
     )
     test: tuple[str, ...] = setting(
         (), "test documents, only ever evaluated; same forms (default: half of the validation documents)"
+    )
+    group_by: str = setting(
+        "source", "field of the documents that takes the place of their source, for metrics, reports and the oracle"
     )
     model: str = setting("nano", "size preset, or the name or folder of a transformers causal LM")
     tokenizer: str = setting("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the data)")
@@ -85,7 +88,9 @@ class RunConfig:
     key: str = setting("", "PEM file of its key (default: WEIGHBRIDGE_KEY)")
     insecure_token: bool = setting(False, "send the token unencrypted to another machine, where the network is trusted")
     weighter_name: str = setting("default", "name of the weighter; it is created where it does not exist")
-    weighter_from: str = setting("pretaught", "what the weighter starts from: pretaught, or none (fresh)", BEGINNINGS)
+    weighter_from: str = setting(
+        "pretaught", "what the weighter starts from: pretaught, none (fresh), or the folder of an exported weighter"
+    )
     role: str = setting("learn", "learn: it is taught by this run; frozen: it only scores", ROLES)
     candidates: int = setting(5, "selection: candidates a place in the batch", least=1)
     probes: int = setting(4, "selection: samples of a batch that are drawn evenly, to measure the trust", least=0)
@@ -102,16 +107,21 @@ class RunConfig:
         (), "oracle: the target's sources (default: those of the validation documents, or the nearest by n-grams)"
     )
     on_failure: str = setting("uniform", "without an answer: uniform weights, or stop", ("uniform", "raise"))
+    deadline: float = setting(
+        0.0, "longest that a step waits for the service, seconds (0: 1 second, for an embedded one 60)", least=0
+    )
     on_older_service: str = setting(
         "resend",
         "a service restored from before this run's last updates: send them again, go on without, or stop teaching",
         ("resend", "continue", "stop"),
     )
     hypergradient: str = setting("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
-    meta_every: int = setting(4, "steps between meta-updates", least=1)
-    meta_first: int = setting(48, "selection: first steps, which have a meta-update each", least=0)
-    meta_batch: int = setting(16, "samples of the batch that a meta-update carries")
-    val_batch: int = setting(8, "validation samples behind a cotangent", least=1)
+    meta_every: int = setting(5, "steps between meta-updates", least=1)
+    meta_first: int = setting(96, "selection: first steps, which have a meta-update each", least=0)
+    meta_batch: int = setting(12, "samples of the batch that a meta-update carries")
+    val_batch: int = setting(
+        4, "validation samples behind a cotangent; a frozen weighter's job takes twice as many", least=1
+    )
     schedule: str = setting("online", "teach during training, or between stages of pinned weights", SCHEDULES)
     stages: int = setting(5, "stages of the staged schedule", least=1)
     stage_updates: int = setting(30, "meta-updates between two stages", least=1)
@@ -148,6 +158,8 @@ class RunConfig:
             raise InvalidArgument("--resume and --overwrite exclude each other: continue the run, or replace it")
         if self.eval_include and not self.eval_tasks:
             raise InvalidArgument("--eval-include without --eval-tasks: name the tasks of those files to evaluate")
+        if not self.group_by or self.group_by == "text":
+            raise InvalidArgument(f"--group-by is {self.group_by!r}, expected a field of the documents beside text")
         if not self.out:
             raise InvalidArgument("--out is empty, expected a folder for what the run writes")
         if self.data != ("builtin",) and not self.val:
@@ -200,10 +212,16 @@ class RunConfig:
             raise InvalidArgument("--oracle-source is for the method oracle, which none of this job's runs is of")
 
     def _check_weighter(self) -> None:
+        if not math.isfinite(self.deadline):
+            raise InvalidArgument(f"--deadline is {self.deadline}, expected a finite number of seconds")
         try:
             check_url(self.weighter)
         except InvalidArgument as exc:
             raise InvalidArgument(f"--weighter: {exc.message}") from exc
+        if not self.weighter_from:
+            raise InvalidArgument(
+                "--weighter-from is empty, expected pretaught, none, or the folder of an exported weighter"
+            )
         check_name(self.weighter_name, "--weighter-name")
         for variant in self.variants:  # the longest names are made of it
             if variant.learned:
@@ -222,11 +240,15 @@ class RunConfig:
         """The steps in which the weighter of a variant is taught. Inside a batch it is not in a hurry."""
         return Cadence(self.meta_every, self.meta_first if variant.selects else 0)
 
+    def validation_samples(self, variant: Variant) -> int:
+        """Behind a cotangent. A frozen job's only measure its trust, whose t is as large as they are free of noise."""
+        return self.val_batch * (2 if variant.role == "frozen" else 1)
+
     @property
     def main(self) -> Variant:
         """What the job is about; its weighter is exported."""
         label = label_of(self.method, self.mode, self.weighter_from)
-        return variant_of(label, self.weighter_name, self.role)
+        return variant_of(label, self.weighter_name, self.role, self.weighter_from)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -239,7 +261,7 @@ _CREDENTIALS = ("token_file", "ca", "cert", "key", "insecure_token")
 _OF_THE_START = ("resume", "overwrite", "dry_run")
 _ADDED = ("wandb", "eval_tasks", "eval_include")  # to a run, without a say in it
 _FREE_ON_RESUME = (
-    *("out", "checkpoint_every", "weighter", "on_failure", "on_older_service"),
+    *("out", "checkpoint_every", "weighter", "on_failure", "deadline", "on_older_service"),
     *("parallel", "accumulate", "compile", "recompute"),  # sums round differently: equal to 1e-5, not to the bit
     *(*_CREDENTIALS, *_OF_THE_START, *_ADDED),
 )

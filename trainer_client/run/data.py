@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainer_client.run import builtin_corpus
-from trainer_client.run.documents import Document, Progress, read_documents
+from trainer_client.run.documents import SOURCE, Document, Progress, read_documents, without
 from weighting_contract.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Corpus:
     train: tuple[Document, ...]
     validation: tuple[Document, ...]
     test: tuple[Document, ...]
+    warnings: tuple[str, ...] = ()  # what was removed for that, in sentences
 
 
 def load_corpus(
@@ -56,17 +57,21 @@ def load_corpus(
     val: str | Sequence[str] | None = None,
     test: str | Sequence[str] | None = None,
     *,
+    group_by: str = SOURCE,
     progress: Progress | None = None,
 ) -> Corpus:
     """The corpus that the names describe (see `load_documents`; `builtin` means the split in question).
 
     Without `val`, validation and test are the built-in ones, which only makes sense for built-in data. Without `test`,
     the validation documents are split in two, the same way every time. A text that is in two splits (white space
-    aside) stays in test before validation before train, and the number of removed documents is logged.
+    aside) stays in test before validation before train, and the number of removed documents is a warning.
+
+    Args:
+        group_by: the field of documents that is taken for their source, as of `read_documents`.
 
     Raises:
         InvalidArgument: unreadable or empty data; no `val` for data of one's own; a single validation document and
-            no `test`.
+            no `test`; no training document has the field `group_by`.
     """
     builtin = cache(lambda: builtin_corpus.build(progress=progress))
     names, val_names, test_names = _names(data), _names(val), _names(test)
@@ -77,15 +82,20 @@ def load_corpus(
     if not test_names and val_names == [BUILTIN]:
         test_names = [BUILTIN]
 
-    train = _load(names, lambda: builtin().train, progress)
-    validation = _load(val_names, lambda: builtin().validation, progress)
+    train = _load(names, lambda: builtin().train, progress, group_by)
+    if group_by != SOURCE and all(document.source == without(group_by) for document in train):
+        raise InvalidArgument(
+            f"--group-by is {group_by}, but none of the {len(train)} training documents has that field: name one that "
+            "they have, or leave the flag out to group them by source"
+        )
+    validation = _load(val_names, lambda: builtin().validation, progress, group_by)
     if test_names:
-        held_out = _load(test_names, lambda: builtin().test, progress)
-        validation = _without(validation, held_out, "validation", "test")
+        held_out = _load(test_names, lambda: builtin().test, progress, group_by)
+        validation, of_validation = _without(validation, held_out, "validation", "test", "--val")
     else:
-        validation, held_out = _halves(validation)
-    train = _without(train, [*validation, *held_out], "train", "validation or test")
-    return Corpus(tuple(train), tuple(validation), tuple(held_out))
+        (validation, held_out), of_validation = _halves(validation), []
+    train, of_train = _without(train, [*validation, *held_out], "train", "validation or test", "--data")
+    return Corpus(tuple(train), tuple(validation), tuple(held_out), tuple(of_validation + of_train))
 
 
 def load_documents(name: str | Sequence[str], *, progress: Progress | None = None) -> list[Document]:
@@ -101,10 +111,20 @@ def _names(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def _load(names: Sequence[str], builtin: Callable[[], Iterable[Document]], progress: Progress | None) -> list[Document]:
+def _load(
+    names: Sequence[str],
+    builtin: Callable[[], Iterable[Document]],
+    progress: Progress | None,
+    group_by: str = SOURCE,
+) -> list[Document]:
     documents: list[Document] = []
     for name in names:
-        documents.extend(builtin() if name == BUILTIN else read_documents(name, progress=progress))
+        if name != BUILTIN:
+            documents.extend(read_documents(name, group_by=group_by, progress=progress))
+        elif group_by == SOURCE:
+            documents.extend(builtin())
+        else:
+            documents.extend(replace(document, source=without(group_by)) for document in builtin())
     if not documents:
         raise InvalidArgument("--data names nothing: expected builtin, files, or a dataset")
     return documents
@@ -120,15 +140,26 @@ def _halves(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     return [document for _, document in distinct[::2]], [document for _, document in distinct[1::2]]
 
 
-def _without(documents: list[Document], others: list[Document], split: str, kept_in: str) -> list[Document]:
+def _without(
+    documents: list[Document], others: list[Document], split: str, kept_in: str, flag: str
+) -> tuple[list[Document], list[str]]:
+    """What is not among the others, and a warning where that is not all."""
     taken = {_digest(document) for document in others}
     kept = [document for document in documents if _digest(document) not in taken]
     removed = len(documents) - len(kept)
-    if removed:
-        logger.info("%d of %d documents removed from %s: in %s too", removed, len(documents), split, kept_in)
     if not kept:
-        raise InvalidArgument(f"{split} is empty: all {len(documents)} of its documents are in {kept_in} too")
-    return kept
+        raise InvalidArgument(
+            f"{split} is empty: all {len(documents)} of its documents are in {kept_in} too; name other documents for "
+            f"{flag}"
+        )
+    if not removed:
+        return kept, []
+    warning = (
+        f"{removed} of {len(documents)} documents removed from {split}: they are in {kept_in} too, where they would be "
+        f"judged by what was learned from them; the run goes on without, take them out of {flag} if that is not meant"
+    )
+    logger.warning("%s", warning)
+    return kept, [warning]
 
 
 def _digest(document: Document) -> bytes:
@@ -147,6 +178,7 @@ class Samples:
     source_index: np.ndarray  # [N] int64, into sources
     sources: tuple[str, ...]
     document_index: np.ndarray | None = None  # [N] int64, counted from 0; None: each window is of its own
+    document_tokens: np.ndarray | None = None  # [documents] int64, with the rests; None: not known
     dropped_documents: int = 0  # too short for one window
     dropped_tokens: int = 0  # of rests and dropped documents
 
@@ -182,6 +214,7 @@ def make_samples(
     windows: list[np.ndarray] = []
     source_index: list[int] = []
     counts: list[int] = []  # windows of each document that has some
+    lengths: list[int] = []  # its tokens
     dropped_documents = dropped_tokens = 0
     for start in range(0, len(listed), 64):
         chunk = listed[start : start + 64]
@@ -192,6 +225,7 @@ def make_samples(
                 windows.append(rows[: count * seq_len : seq_len])
                 source_index.extend([index_of[document.source]] * count)
                 counts.append(count)
+                lengths.append(len(ids))
             dropped_documents += count == 0
             dropped_tokens += len(ids) - (count * seq_len + 1 if count else 0)
         if progress is not None:
@@ -208,17 +242,18 @@ def make_samples(
         np.array(source_index, np.int64),
         sources,
         np.repeat(np.arange(len(counts)), counts),
+        np.array(lengths, np.int64),
         dropped_documents,
         dropped_tokens,
     )
 
 
-def every_fourth_document(samples: Samples) -> np.ndarray:  # [N] bool
-    """The windows of every fourth document; where there are fewer than eight, the last quarter of each document's."""
+def every_sixth_document(samples: Samples) -> np.ndarray:  # [N] bool
+    """The windows of every sixth document; where there are fewer than twelve, the last quarter of each document's."""
     index = np.arange(len(samples)) if samples.document_index is None else samples.document_index
     counts = np.bincount(index)
-    if len(counts) >= 8:
-        return np.asarray(index % 4 == 3)
+    if len(counts) >= 12:
+        return np.asarray(index % 6 == 5)
     of_document = counts[index]
     place = np.arange(len(samples)) - (np.cumsum(counts) - counts)[index]  # in its document
     held_out: np.ndarray = place >= of_document - of_document // 4
@@ -275,6 +310,10 @@ class BatchOrder:
         if end <= (epoch + 1) * self.count:
             return head.copy()
         return np.concatenate([head, self._permutation(epoch + 1)[: self.batch_size - len(head)]])
+
+    def drawn(self, steps: int) -> np.ndarray:  # [n] int64
+        """The different samples of the first `steps` batches, in the order in which they come first."""
+        return self._permutation(0)[: steps * self.batch_size].copy()
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._cached[0] != epoch:

@@ -19,18 +19,20 @@ from weighting_contract.errors import InvalidArgument
 
 Progress: TypeAlias = Callable[[int, int, str], None]  # done, total, label
 
+SOURCE = "source"  # the field that groups documents where nothing else is said
+
 _FORMS = "builtin, a .txt, .jsonl, .jsonl.gz or .parquet file, a folder of those, a glob, or the name of a dataset"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it comes from; the source is for reports only."""
+    """One text and where it comes from, or what else groups it; the source is for reports only."""
 
     text: str
     source: str
 
 
-def read_documents(name: str, *, progress: Progress | None = None) -> list[Document]:
+def read_documents(name: str, *, group_by: str = SOURCE, progress: Progress | None = None) -> list[Document]:
     """The documents of `name`: a file, a folder, a glob, several of them separated by commas, or a dataset's name.
 
     .txt: one document a file. .jsonl, .jsonl.gz: one JSON object a line. .parquet: one row each. Objects and rows have
@@ -38,26 +40,35 @@ def read_documents(name: str, *, progress: Progress | None = None) -> list[Docum
     NAME[:CONFIG][@SPLIT] (split: train), as the package `datasets` knows it; its source is NAME's last part.
     Texts that are only white space are left out.
 
+    Args:
+        group_by: another field whose text, number or truth value is taken for the source; `without(group_by)` where a
+            document has none.
+
     Raises:
         InvalidArgument: no such file or dataset, unreadable, damaged, or without documents.
     """
     parts = [name] if os.path.exists(name) else [part.strip() for part in name.split(",")]
-    documents = [document for part in parts for document in _read_part(part, progress)]
+    documents = [document for part in parts for document in _read_part(part, group_by, progress)]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise InvalidArgument(f"{name} holds no documents: expected at least one text that is not empty")
     return documents
 
 
-def _read_part(part: str, progress: Progress | None) -> Iterator[Document]:
+def without(group_by: str) -> str:
+    """What a document without the field has for its source; of `source` itself, readers know better."""
+    return f"no {group_by}"
+
+
+def _read_part(part: str, group_by: str, progress: Progress | None) -> Iterator[Document]:
     if not part:
         raise InvalidArgument(f"the name of the data is empty: expected {_FORMS}")
     files = _files(part)
     if files is None:
-        yield from _read_dataset(part)
+        yield from _read_dataset(part, group_by)
         return
     for index, file in enumerate(files):
-        yield from _read_file(file)
+        yield from _read_file(file, group_by)
         if progress is not None:
             progress(index + 1, len(files), f"reading {part}")
 
@@ -97,34 +108,34 @@ def _files(part: str) -> list[Path] | None:
     return None
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Document]] | None:
+def _reader(path: Path) -> Callable[[Path, str], Iterator[Document]] | None:
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
     return next((reader for suffix, reader in readers.items() if path.name.lower().endswith(suffix)), None)
 
 
-def _read_file(path: Path) -> Iterator[Document]:
+def _read_file(path: Path, group_by: str) -> Iterator[Document]:
     reader = _reader(path)
     if reader is None:
         raise InvalidArgument(f"{path} has an unknown form: expected {_FORMS}")
     try:
-        yield from reader(path)
+        yield from reader(path, group_by)
     except OSError as exc:
         raise InvalidArgument(f"{path} can't be read: {exc.strerror or exc}") from exc
 
 
-def _read_text(path: Path) -> Iterator[Document]:
+def _read_text(path: Path, group_by: str) -> Iterator[Document]:
     try:
-        yield Document(path.read_text("utf-8"), path.stem)
+        yield Document(path.read_text("utf-8"), path.stem if group_by == SOURCE else without(group_by))
     except UnicodeDecodeError as exc:
         raise InvalidArgument(f"{path} is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
+def _read_jsonl(path: Path, group_by: str) -> Iterator[Document]:
     stem = path.name.split(".jsonl")[0]
     for number, line in numbered_lines(path):
         if line.strip():
             where = f"{path}, line {number}"
-            yield _document(json_object(line, where), stem, where)
+            yield _document(json_object(line, where), stem, where, group_by)
 
 
 def json_object(line: bytes, where: str) -> dict[str, Any]:
@@ -153,39 +164,46 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise InvalidArgument(f"{path} is damaged or cut off after line {number}: {exc}") from exc
 
 
-def _read_parquet(path: Path) -> Iterator[Document]:
+def _read_parquet(path: Path, group_by: str) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
-        columns = [name for name in ("text", "source") if name in file.schema_arrow.names]
+        columns = [name for name in ("text", group_by) if name in file.schema_arrow.names]
         if "text" not in columns:
             raise InvalidArgument(f"{path} has no column text; its columns: {', '.join(file.schema_arrow.names)}")
         number = 0
         for batch in file.iter_batches(columns=columns):
             for row in batch.to_pylist():
                 number += 1
-                yield _document(row, path.stem, f"{path}, row {number}")
+                yield _document(row, path.stem, f"{path}, row {number}", group_by)
     except pyarrow.ArrowException as exc:
         raise InvalidArgument(f"{path} is not a Parquet file that can be read: {exc}") from exc
 
 
-def _document(row: dict[str, Any], source: str, where: str) -> Document:
+def _document(row: dict[str, Any], source: str, where: str, group_by: str) -> Document:
     if "text" not in row:
         raise InvalidArgument(f"{where} has no field text; its fields: {', '.join(row) or 'none'}")
-    text, given = row["text"], row.get("source")
+    text, given = row["text"], row.get(group_by)
     if not isinstance(text, str):
         raise InvalidArgument(f"{where}: text is {type(text).__name__}, expected a string")
-    if given is not None and not isinstance(given, str):
-        raise InvalidArgument(f"{where}: source is {type(given).__name__}, expected a string")
-    return Document(text, given or source)
+    if group_by == SOURCE:
+        if given is not None and not isinstance(given, str):
+            raise InvalidArgument(f"{where}: source is {type(given).__name__}, expected a string")
+        return Document(text, given or source)
+    if given is not None and not isinstance(given, str | int | float):
+        raise InvalidArgument(
+            f"{where}: {group_by}, which documents are grouped by, is {type(given).__name__}, expected a string, a "
+            "number or a truth value"
+        )
+    return Document(text, without(group_by) if given in (None, "") else str(given))
 
 
 # ---- Datasets -------------------------------------------------------------------------------------------------------
 
 
-def _read_dataset(name: str) -> Iterator[Document]:
+def _read_dataset(name: str, group_by: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as exc:
@@ -199,11 +217,11 @@ def _read_dataset(name: str) -> Iterator[Document]:
         rows = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as exc:  # not found, no network, unknown config or split: the package raises many kinds
         raise InvalidArgument(f"{name} is no file, and as a dataset it can't be loaded: {exc}") from exc
-    yield from dataset_documents(rows, name)
+    yield from dataset_documents(rows, name, group_by)
 
 
-def dataset_documents(rows: Any, name: str) -> Iterator[Document]:
-    """The documents of a loaded split: an iterable of rows with `text` and, if they like, `source`."""
+def dataset_documents(rows: Any, name: str, group_by: str = SOURCE) -> Iterator[Document]:
+    """The documents of a loaded split: an iterable of rows with `text` and, if they like, the field `group_by`."""
     source = name.partition("@")[0].partition(":")[0].rsplit("/", 1)[-1]
     for number, row in enumerate(rows, start=1):
-        yield _document(row, source, f"{name}, row {number}")
+        yield _document(row, source, f"{name}, row {number}", group_by)

@@ -27,6 +27,7 @@ from trainer_client.run.models import SIZES, count_config_parameters, count_para
 from trainer_client.run.progress import preparing
 from trainer_client.run.runner import RunJob, prepare
 from trainer_client.run.session import PASSING, weighter_names
+from trainer_client.run.start import Start
 from trainer_client.run.task import to_tensor
 from trainer_client.run.variants import Variant
 from trainer_client.run.workspace import check_workspace
@@ -150,7 +151,7 @@ def _way(variant: Variant, config: RunConfig) -> str:
         return "every batch as it is drawn"
     ways = [f"the best of {config.candidates} candidates a place"] * variant.selects
     ways += ["weights inside the batch"] * variant.weighs
-    beginning = "pretaught" if variant.pretaught else "fresh"
+    beginning = {"pretaught": "pretaught", "none": "fresh"}.get(variant.weighter_from, f"from {variant.weighter_from}")
     return f"{', '.join(ways)}; weighter {variant.weighter!r}, {beginning} where it is new, role {variant.role}"
 
 
@@ -170,7 +171,7 @@ def _weighter(job: RunJob) -> Iterator[Line]:
         state = config.weighter.removeprefix("embedded://") if "://" in config.weighter else f"{config.out}/weighters"
         yield "service", f"in this process, its state in {state}"
     else:
-        yield "service", f"{config.weighter}: {_asked(config)}"
+        yield "service", f"{config.weighter}: {_asked(config, job.start)}"
     if any(variant.selects for variant in config.variants):
         reference, parameters = job.reference, _reference_parameters(job)
         how = f"will be trained first ({ReferenceConfig.steps} steps, then cached)"
@@ -179,27 +180,27 @@ def _weighter(job: RunJob) -> Iterator[Line]:
         yield "reference", f"{parameters:,} parameters; {how}"
 
 
-def _asked(config: RunConfig) -> str:
+def _asked(config: RunConfig, start: Start | None) -> str:
     """What a service says of the job's weighters; one short try."""
     timeouts = replace(Timeouts(), admin_s=_PATIENCE_S)
     with connect(config.weighter, **config.credentials, timeouts=timeouts) as client:
         try:
-            return "; ".join(_known(client, config, variant) for variant in config.variants if variant.learned)
+            return "; ".join(_known(client, variant, start) for variant in config.variants if variant.learned)
         except PASSING as exc:
             if config.on_failure == "raise":
                 raise
             return f"does not answer now ({exc.message}); weights are uniform until it does"
 
 
-def _known(client: Client, config: RunConfig, variant: Variant) -> str:
+def _known(client: Client, variant: Variant, start: Start | None) -> str:
     found = []
-    for name, start in weighter_names(variant):
+    for name, begun in weighter_names(variant, start):
         try:
             view = client.get_weighter(name)
         except NotFound:
             found.append(f"answers, weighter {name!r} is to be made")
             continue
-        client.create_weighter(name, **start)  # it is there: this only finds out whether it is of this spec
+        client.create_weighter(name, **begun)  # it is there: this only finds out whether it is of this spec
         found.append(f"answers, weighter {name!r} is at position {view.applied_position}")
     return "; ".join(found)
 
@@ -219,13 +220,16 @@ def _costs(job: RunJob) -> Iterator[Line]:
         if not variant.learned:
             continue
         teaching = teaching_flops(
-            parameters, config.hypergradient, config.meta_batch * config.seq_len, config.val_batch * config.seq_len
+            parameters,
+            config.hypergradient,
+            config.meta_batch * config.seq_len,
+            config.validation_samples(variant) * config.seq_len,
         )
         updates = _updates(config, variant)
         scoring = 0.0
         if variant.selects:
-            scored = config.candidates * config.batch_size * config.seq_len
-            scoring = scoring_flops(_reference_parameters(job), scored)
+            scored = len(job.task.candidate_order.drawn(config.steps)) / config.steps  # each sample once
+            scoring = scoring_flops(_reference_parameters(job), 1) * scored * config.seq_len
         share = teaching * updates / config.steps / training
         more = f"teaching {share:.1%} ({updates:,} meta-updates), scoring {scoring / training:.1%} of it on top"
         yield "", f"  {variant.label}: {more}"

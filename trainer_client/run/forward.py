@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from trainer_client.loss import causal_token_losses, per_sample_loss
+from trainer_client.loss import causal_token_losses, per_sample_loss, wide
+
+
+def read(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [B, T, V], token losses [B, T], nats) of each token but the first, float32; tokens [B, T+1], all real."""
+    logits = wide(model(tokens[:, :-1]).logits)
+    losses, _ = causal_token_losses(logits, tokens)
+    return logits, losses
 
 
 def token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, T] float32 NLL in nats of each token but the first; tokens [B, T+1] ids, all of them real."""
-    losses, _ = causal_token_losses(model(tokens[:, :-1]).logits, tokens)
-    return losses
+    """The losses of `read` alone."""
+    return read(model, tokens)[1]
 
 
 def sample_losses(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ the very batch that one process would have, and micro-batches are parts of these
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,26 +21,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trainer_client.hypergradient.shards import is_sharded
-from trainer_client.loss import per_sample_loss, weighted_loss
+from trainer_client.loss import per_sample_loss, weigh_gradient, weighted_loss
 from trainer_client.ranks import Ranks, share
 from trainer_client.run import checkpoint
 from trainer_client.run.choose import Choice, Chooser
 from trainer_client.run.config import RunConfig
 from trainer_client.run.evaluate import fixed_subset, mean_loss
 from trainer_client.run.metrics import Metrics, Sink
+from trainer_client.run.optimiser import build_optimizer, learning_rate, optimise
 from trainer_client.run.parallel import Replica, autocast
+from trainer_client.run.preferences import Preferences
 from trainer_client.run.progress import JobProgress
 from trainer_client.run.task import Task
 from trainer_client.run.teach import Teacher
-from trainer_client.run.weigh import Weigher, Weights
+from trainer_client.run.weigh import Asks, Weigher, Weights
 from weighting_contract.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_MAX_GRADIENT_NORM = 1.0
-_FINAL_LR_SHARE = 0.1
 
 
 class Interrupted(Exception):
@@ -69,34 +66,6 @@ class Totals:
             yield
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - start)
-
-
-def learning_rate(config: RunConfig, step: int) -> float:
-    """Of optimiser step `step` (from 0): linear warm-up, then constant, or a cosine to a tenth at the last step."""
-    warmup = min(config.warmup_steps, config.steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.lr_schedule == "constant":
-        return config.lr
-    share = (step - warmup) / max(1, config.steps - 1 - warmup)
-    return config.lr * (_FINAL_LR_SHARE + (1 - _FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW with torch's defaults (betas .9 and .999, weight decay .01), better here than .95 and .1 for both methods.
-
-    The learning rate is set at every step.
-    """
-    return torch.optim.AdamW(model.parameters(), lr=config.lr)
-
-
-def optimise(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """An optimiser step at this learning rate, the gradient clipped to a norm of 1; its norm before that."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    return float(norm.full_tensor() if is_sharded(norm) else norm)  # type: ignore[attr-defined]
 
 
 def _write(metrics: Metrics | None, line: dict[str, Any]) -> None:
@@ -139,6 +108,7 @@ class Loop:
         self._reads_losses: bool = ranks.from_first(lambda: weigher.reads_losses)
         self.optimizer = build_optimizer(model, config)
         self.totals = Totals()
+        self._preferences = Preferences(task.train)  # of the first rank, which alone knows its chooser
         self._job_id, self._sink = job_id, sink
         self.step = 0  # optimiser steps done
         state = checkpoint.load_newest(folder / "checkpoints", model, self.optimizer, job_id, ranks)
@@ -196,6 +166,8 @@ class Loop:
         def load() -> None:
             self.chooser.load_state_dict(state["chooser"])
             self.weigher.load_state_dict(state["weigher"])
+            for step in range(self.step):
+                self._preferences.trained(self.chooser.choose(step).indices)
 
         self.ranks.from_first(load)
         if self.teacher is not None:
@@ -214,23 +186,14 @@ class Loop:
     def _train_step(self) -> dict[str, Any]:
         with self.totals.timed("score_seconds"):
             choice = self._choice()
-        mine = self.ranks.my_rows(len(choice.indices))
-        tokens = self.task.tokens(choice.indices[mine], self.device)  # [b, T+1]
-        parts = self.config.accumulate
-        # One forward pass serves weights and gradients, unless there are several micro-batches: then weights that
-        # depend on losses need those of all of them before the first backward pass.
-        first = self._replica.losses(tokens) if parts == 1 else None  # [b, T]
-        known = first.detach() if first is not None else self._losses_ahead(tokens) if self._reads_losses else None
-        samples = None if known is None else self._samples(known)
-        with self.totals.timed("score_seconds"):
-            said = self._weights(choice, known)
-        weights = torch.from_numpy(said.values[mine]).to(self.device)
-        losses = self._backward(tokens, weights, len(choice.indices), first)
-        samples = self._samples(losses) if samples is None else samples
+        tokens = self.task.tokens(choice.indices[self._mine(choice)], self.device)  # [b, T+1]
+        backward = self._backward_of_one if self.config.accumulate == 1 else self._backward_of_several
+        losses, samples, said = backward(choice, tokens)
+        towards = None
         if self.teacher is not None and self.teacher.teaches_at(self.step):
             with self.totals.timed("meta_seconds"):
                 # Before the optimiser step: the losses of the training forward are those of theta.
-                self._teach(choice, losses, samples)
+                towards = self._teach(choice, losses, samples)
         norm = optimise(self.model, self.optimizer, self._learning_rate())
         fallback = choice.fallback or said.fallback
         self.totals.fallback_steps += fallback
@@ -241,29 +204,49 @@ class Loop:
             "learning_rate": self._learning_rate(),
             "effective_sample_size": float(said.values.sum() ** 2 / (said.values**2).sum()),
             "fallback": int(fallback),
-            "mean_weight": self.task.mean_by_source(choice.indices, said.values),
-            "trained_share": self.task.share_by_source(choice.indices, said.values),
+            **self._preferred(choice, said, samples, towards),
             **choice.metrics,
             **said.metrics,
         }
+
+    def _preferred(
+        self, choice: Choice, said: Weights, samples: torch.Tensor, towards: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """The step's figures of what was preferred, whose samples are counted now; on the first rank, which writes."""
+        if not self.ranks.is_first:
+            return {}
+        signal = None if towards is None else towards.float().cpu().numpy()
+        figures = self._preferences.of_step(
+            choice.indices, choice.drawn, said.values, samples.float().numpy(), choice.quarters, signal
+        )
+        self._preferences.trained(choice.indices)
+        return figures
 
     def _choice(self) -> Choice:
         """The step's samples, as the first rank's chooser has them."""
         return Choice(**self.ranks.from_first(lambda: vars(self.chooser.choose(self.step))))
 
-    def _weights(self, choice: Choice, losses: torch.Tensor | None) -> Weights:
-        """The weights of the whole batch, as the first rank's weigher has them.
+    def _mine(self, choice: Choice) -> slice:
+        """This rank's rows of the batch."""
+        return self.ranks.my_rows(len(choice.indices))
+
+    def _ask(self, choice: Choice, losses: torch.Tensor | None) -> Callable[[], Weights]:
+        """Asks for the weights of the whole batch; what it returns gives them as the first rank's weigher has them.
 
         losses: [b, T] of this rank's rows; None where they are not read.
         """
         whole = None if losses is None else self._gathered_if_read(losses)
 
-        def weigh() -> dict[str, Any]:
+        def read() -> tuple[torch.Tensor, torch.Tensor]:
             tokens = self.task.tokens(choice.indices, self.device)
-            read = tokens.new_zeros((len(tokens), 0), dtype=torch.float32) if whole is None else whole
-            return vars(self.weigher.weigh(self.step, read, tokens))
+            return tokens.new_zeros((len(tokens), 0), dtype=torch.float32) if whole is None else whole, tokens
 
-        return Weights(**self.ranks.from_first(weigh))
+        def ask() -> None:
+            if isinstance(self.weigher, Asks):
+                self.weigher.ask(self.step, *read())
+
+        self.ranks.from_first(ask)
+        return lambda: Weights(**self.ranks.from_first(lambda: vars(self.weigher.weigh(self.step, *read()))))
 
     def _gathered_if_read(self, losses: torch.Tensor) -> torch.Tensor | None:
         """[B, T] on the first rank, if the weights depend on it."""
@@ -277,28 +260,58 @@ class Loop:
         parts = self.config.accumulate
         return [rows[share(len(rows), parts, part)] for part in range(parts)]
 
-    def _backward(
-        self, tokens: torch.Tensor, weights: torch.Tensor, batch_size: int, first: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Fills the gradients with that of L = (1/B) sum_i w_i l_i over the whole batch; [b, T] token losses, detached.
+    def _backward_of_one(self, choice: Choice, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Weights]:
+        """Fills the gradients with that of L = (1/B) sum_i w_i l_i over the whole batch.
+
+        One forward pass serves weights and gradients. The weights are waited for in the backward pass, as late as they
+        are needed: on their way while it goes through the loss.
 
         Args:
-            weights: [b] of this rank's rows.
-            batch_size: B.
-            first: the losses of the only micro-batch, where they are known.
+            tokens: [b, T+1] of this rank's rows.
+
+        Returns:
+            Token losses of this rank's rows, [b, T] detached; mean losses of the whole batch, [B] on the CPU; weights.
         """
+        logits, losses = self._replica.read(tokens)
+        known = losses.detach()
+        samples = self._samples(known)
+        with self.totals.timed("score_seconds"):
+            answer = self._ask(choice, known)
+        said: list[Weights] = []
+
+        def weights() -> torch.Tensor:
+            with self.totals.timed("score_seconds"):
+                said.append(answer())
+            return torch.from_numpy(said[0].values[self._mine(choice)])
+
+        weigh_gradient(logits, weights)
+        del logits  # only the graph needs them now
+        self.optimizer.zero_grad(set_to_none=True)
+        (per_sample_loss(losses).mean() * self._factor(tokens, choice)).backward()  # type: ignore[no-untyped-call]
+        return known, samples, said[0]
+
+    def _backward_of_several(self, choice: Choice, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Weights]:
+        """The same of several micro-batches: weights that depend on losses need those of all before the first one."""
+        known = self._losses_ahead(tokens) if self._reads_losses else None
+        samples = None if known is None else self._samples(known)
+        with self.totals.timed("score_seconds"):
+            said = self._ask(choice, known)()
+        weights = torch.from_numpy(said.values[self._mine(choice)]).to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         found = []
         micro_batches = self._micro_batches(tokens)
         for index, (part, its_weights) in enumerate(zip(micro_batches, self._micro_batches(weights), strict=True)):
             with self._replica.micro_batch(last=index == len(micro_batches) - 1):
-                losses = self._replica.losses(part) if first is None else first
-                # Gradients are averaged over the ranks, those of micro-batches are summed.
-                factor = len(part) * self.ranks.world / batch_size
-                loss = weighted_loss(per_sample_loss(losses), its_weights) * factor
+                losses = self._replica.losses(part)
+                loss = weighted_loss(per_sample_loss(losses), its_weights) * self._factor(part, choice)
                 loss.backward()  # type: ignore[no-untyped-call]
             found.append(losses.detach())
-        return torch.cat(found) if len(found) > 1 else found[0]
+        trained = torch.cat(found)
+        return trained, self._samples(trained) if samples is None else samples, said
+
+    def _factor(self, rows: torch.Tensor, choice: Choice) -> float:
+        """That makes the mean over some rows their share in L: gradients are averaged over ranks, and added up here."""
+        return len(rows) * self.ranks.world / len(choice.indices)
 
     def _samples(self, losses: torch.Tensor) -> torch.Tensor:
         """[B] mean token losses of the whole batch, on the CPU. Raises InvalidArgument where one is not finite."""
@@ -317,14 +330,15 @@ class Loop:
             )
         return samples
 
-    def _teach(self, choice: Choice, losses: torch.Tensor, samples: torch.Tensor) -> None:
+    def _teach(self, choice: Choice, losses: torch.Tensor, samples: torch.Tensor) -> torch.Tensor | None:
+        """The cotangent [n] of the first samples; None: degenerate."""
         assert self.teacher is not None
         count = self.config.meta_batch
         whole = self.ranks.gather_rows(losses)
         tokens = self.task.tokens(choice.indices[:count], self.device)
         first = None if whole is None else whole[:count]
         base = samples[:count].to(self.device)
-        self.teacher.teach(self.step, tokens, first, base, choice.probes, self._learning_rate())
+        return self.teacher.teach(self.step, tokens, first, base, choice.probes, self._learning_rate())
 
     def _learning_rate(self) -> float:
         return learning_rate(self.config, self.step)

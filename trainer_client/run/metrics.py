@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from torch.utils.tensorboard import SummaryWriter
-
 Sink: TypeAlias = Callable[[int, dict[str, float]], None]  # takes a step, from 1, and its scalars
 
 
@@ -26,6 +24,8 @@ class Metrics:
             start_step: steps already done in the checkpoint that the run goes on from; 0: a fresh run.
             sink: gets every step's scalars once, too.
         """
+        from torch.utils.tensorboard import SummaryWriter  # who only reads metrics need not have torch
+
         written = _cut_to_whole_lines(path)
         self.last_step = int(written[-1]["step"]) if written else 0
         self.last_seconds = float(written[-1]["seconds"]) if written else 0.0
@@ -34,7 +34,11 @@ class Metrics:
         self._events = SummaryWriter(str(events), purge_step=start_step + 1 if start_step else None)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes the metrics of `line["step"]`: numbers, None for what was not measured, or one level of names."""
+        """Writes the metrics of `line["step"]`: numbers, None for what was not measured, or numbers by names.
+
+        What is deeper goes to the file alone: events take as long as the rest of a step of a small model, if there are
+        many.
+        """
         step = int(line["step"])
         scalars = {tag: number for name, value in line.items() for tag, number in _scalars(name, value)}
         for tag, number in scalars.items():
@@ -67,7 +71,7 @@ def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
     if name == "step" or value is None:
         return []
     if isinstance(value, dict):
-        return [(f"{name}/{key}", float(number)) for key, number in value.items()]
+        return [(f"{name}/{key}", float(number)) for key, number in value.items() if not isinstance(number, dict)]
     return [(name, float(value))]
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from trainer_client.run.smoothing import moving_mean, moving_ratio
+
 # Okabe and Ito: distinguishable with any colour vision. Without their yellow, which is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _INK, _FAINT = "#333333", "#DDDDDD"
@@ -55,7 +57,7 @@ def plot_sources(path: Path, history: SourceHistory, title: str, trust: np.ndarr
     if trust is None:
         share = 100 * history.weights.sum(1) ** 2 / (history.weights**2).sum(1) / batch
         bottom.plot(steps, share, color=_FAINT, linewidth=0.8)
-        bottom.plot(steps, _smoothed(share, window), color=_INK, linewidth=1.6)
+        bottom.plot(steps, moving_mean(share, window), color=_INK, linewidth=1.6)
         bottom.set_ylabel("effective\nsamples, %")
     else:
         bottom.plot(steps, 100 * trust, color=_INK, linewidth=1.6)
@@ -79,18 +81,4 @@ def enrichment(history: SourceHistory, source: int, window: int) -> np.ndarray:
     """
     trained = (history.weights * (history.sources == source)).sum(1, dtype=np.float64) / history.weights.shape[1]
     drawn = (history.drawn == source).mean(1, dtype=np.float64)
-    above, below = _moving_sum(trained, window), _moving_sum(drawn, window)
-    result = np.full(len(above), np.nan)
-    np.divide(above, below, out=result, where=below > 0.5 / history.drawn.shape[1])  # rounding apart, 0
-    return result
-
-
-def _smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    return _moving_sum(values, window) / np.minimum(np.arange(1, len(values) + 1), window)
-
-
-def _moving_sum(values: np.ndarray, window: int) -> np.ndarray:
-    """[S] sums over the last `window` steps."""
-    sums = np.cumsum(values)
-    before = np.arange(len(values)) - window
-    return np.asarray(sums - np.where(before >= 0, sums[before], 0))
+    return moving_ratio(trained, drawn, window, 0.5 / history.drawn.shape[1])  # rounding apart, 0

@@ -19,7 +19,7 @@ import numpy as np
 
 from weighting_contract.errors import InvalidArgument
 
-_MAGIC = b"WBRECORD2\0\0\0"
+_MAGIC = b"WBRECORD3\0\0\0"
 _FAMILY = b"WBRECORD"
 
 
@@ -35,6 +35,8 @@ class Record:
     fallback: bool
     trust: float  # the factor in [0, 1] that was on the logits
     taught: int  # meta-updates of this run that were handed over before the step was scored
+    computed: int = 0  # candidates that a service's reference computed for it
+    quarters: np.ndarray | None = None  # [B] int8, 0 to 3 by loss among the candidates; -1: not known. None: all -1
 
 
 class Recorder:
@@ -69,8 +71,9 @@ class Recorder:
     def append(self, record: Record) -> None:
         """Writes `record` and hands it to the operating system, so that a killed process does not lose it."""
         row = np.zeros((), self._dtype)
-        for name in ("step", "position", "fallback", "trust", "taught", "probes", "kept", "weights"):
+        for name in ("step", "position", "fallback", "trust", "taught", "computed", "probes", "kept", "weights"):
             row[name] = getattr(record, name)
+        row["quarters"] = -1 if record.quarters is None else record.quarters
         row["checksum"] = zlib.crc32(row.tobytes()[:-4])
         self._file.write(row.tobytes())
         self._file.flush()
@@ -106,8 +109,10 @@ def _record_dtype(batch_size: int, candidates: int) -> np.dtype:
             ("fallback", "u1"),
             ("trust", "<f8"),
             ("taught", "<i8"),
+            ("computed", "<u4"),
             ("probes", "<u4"),
             ("kept", "<u2" if candidates <= 1 << 16 else "<u4", (batch_size,)),
+            ("quarters", "i1", (batch_size,)),
             ("weights", "<f4", (batch_size,)),
             ("checksum", "<u4"),
         ]
@@ -144,4 +149,6 @@ def _record(row: np.void) -> Record:
         fallback=bool(row["fallback"]),
         trust=float(row["trust"]),
         taught=int(row["taught"]),
+        computed=int(row["computed"]),
+        quarters=row["quarters"].copy(),
     )

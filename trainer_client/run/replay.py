@@ -61,12 +61,11 @@ class ReplayedChoice:
         drawn = self._task.candidate_order.indices(step)
         kept = drawn[record.kept]
         metrics = {
-            "kept_share": self._task.share_by_source(kept),
             "selected": int(not record.fallback),
             "position": record.position,
             "trust": record.trust,
         }
-        return Choice(kept, drawn, record.probes, record.fallback, metrics)
+        return Choice(kept, drawn, record.probes, record.fallback, quarters=record.quarters, metrics=metrics)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

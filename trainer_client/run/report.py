@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,11 @@ class RunSummary:
     reference: dict[str, Any] | None = None  # name, checksum, parameters
     weighter: dict[str, Any] | None = None  # name, version (position), applied_updates, url, client (its counters)
     replayed_from: str | None = None  # folder of the job whose records it was trained with
+    warnings: tuple[str, ...] = ()  # about the data, in sentences
     eval_tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, as they were asked for
     eval_scores: dict[str, dict[str, float]] | None = None  # task -> metric -> value
     test_curve: list[tuple[int, float, float]] = field(default_factory=list)  # step, seconds, loss on fixed samples
+    spent_curve: list[float] = field(default_factory=list)  # FLOPs at each of its points, as of `Compute.total`
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -63,10 +65,22 @@ class RunSummary:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             values["test_curve"] = [(int(step), float(s), float(loss)) for step, s, loss in values["test_curve"]]
-            values["eval_tasks"] = tuple(values.get("eval_tasks", ()))
+            for name in ("eval_tasks", "warnings"):
+                values[name] = tuple(values.get(name, ()))
+            if other := _other_fields(cls, values):
+                raise InvalidArgument(
+                    f"{path} is the summary of a run of another version (they differ in {', '.join(other)}): read it "
+                    "with that version, or start the run anew in another folder"
+                )
             return cls(**values)
-        except (ValueError, KeyError, TypeError) as exc:
-            raise InvalidArgument(f"{path} is not the summary of a run: {exc}") from exc
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise InvalidArgument(f"{path} is not the summary of a run: {exc!r}") from exc
+
+
+def _other_fields(kind: type[RunSummary], values: dict[str, Any]) -> list[str]:
+    """What `values` lack or have beside the fields of a summary."""
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    return sorted((needed - values.keys()) | (values.keys() - {f.name for f in fields(kind)}))
 
 
 @dataclass(frozen=True)
@@ -98,11 +112,24 @@ def reached_uniform(run: RunSummary, uniform: RunSummary) -> Reached:
 def loss_at_compute(run: RunSummary, uniform: RunSummary) -> float:
     """Test loss of `run` when it had taken as much compute as all of the uniform run, on the curve's fixed samples.
 
-    Every step is taken to cost the same. Linear between evaluations; at the ends, the nearest one.
+    Linear between evaluations; at the ends, the nearest one.
     """
-    spent = sum(run.compute[name] for name in ("training_flops", "teaching_flops", "scoring_flops"))
-    steps = run.steps * uniform.compute["training_flops"] / spent
-    return float(np.interp(steps, [p[0] for p in run.test_curve], [p[2] for p in run.test_curve]))
+    return loss_after(uniform.compute["training_flops"], flops_at_points(run), run.test_curve)
+
+
+def flops_at_points(run: RunSummary) -> list[float]:
+    """FLOPs at each point of a run's curve; where they are not known, as of older runs, all steps cost the same."""
+    total = sum(run.compute[name] for name in ("training_flops", "teaching_flops", "scoring_flops"))
+    return run.spent_curve or [total * step / run.steps for step, _, _ in run.test_curve]
+
+
+def loss_after(flops: float, spent: Sequence[float], curve: Curve) -> float:
+    """Loss of a curve once so much was spent; linear between its points, constant beyond.
+
+    Args:
+        spent: FLOPs at each point of the curve.
+    """
+    return float(np.interp(flops, spent, [loss for _, _, loss in curve]))
 
 
 def weights_by_source(weights: np.ndarray, sources: np.ndarray, names: Sequence[str]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from trainer_client.features import FEATURE_NAMES
 from trainer_client.ranks import Ranks
 from trainer_client.run.afterwards import check_extras, finish_job
 from trainer_client.run.choose import AsDrawn, Chooser, MostAlike, Selected
@@ -33,8 +34,9 @@ from trainer_client.run.recorder import Recorder
 from trainer_client.run.reference import RunReference, cached_reference, given_reference, trained_reference
 from trainer_client.run.replay import ReplayedChoice, ReplayedWeights, bring_records, check_replay
 from trainer_client.run.report import RunSummary, job_summary, write_json
-from trainer_client.run.session import WeighterSession, check_service
+from trainer_client.run.session import WeighterSession, check_service, columns_of
 from trainer_client.run.signals import StopOnSignal
+from trainer_client.run.start import Start, check_tokenizer, given_start, reads_profile
 from trainer_client.run.summarise import source_history, summarise
 from trainer_client.run.target import job_profile
 from trainer_client.run.task import Task, build_task
@@ -44,6 +46,8 @@ from trainer_client.run.tracking import WandbRun
 from trainer_client.run.variants import Variant
 from trainer_client.run.weigh import Even, Learned, Weigher
 from trainer_client.run.workspace import Workspace, check_workspace, open_workspace
+from weighting_contract.columns import COLUMNS
+from weighting_contract.export import write_export
 from weighting_contract.profile import Profile
 from weighting_contract.reference import write_reference
 
@@ -91,12 +95,14 @@ def _begin(config: RunConfig, device: torch.device, console: Console, stack: Exi
     with preparing(console) as progress:
         job = prepare(config, device, progress)  # mistakes are found here, before an old run is replaced
     if any(variant.learned for variant in config.variants) and not config.resume and not config.replay_weights:
-        check_service(config, job.reference)
+        check_service(config, job.reference, job.start)
     workspace = stack.enter_context(open_workspace(config))
     job.task.tokenizer.save(workspace.tokenizer)
     write_fingerprint(workspace.samples, job.task)
     if job.reference and job.reference.files:
         write_reference(workspace.reference, job.reference.files, replace=True)
+    if job.start:
+        job = replace(job, start=replace(job.start, folder=write_export(workspace.weighter_start, job.start.files)))
     return job, workspace
 
 
@@ -125,6 +131,7 @@ class RunJob:
     reference: RunReference | None  # None: no run selects, or it is not trained yet
     profile: Profile | None
     methods: Methods  # of its judged runs
+    start: Start | None = None  # of the main run's weighter, where it is an export
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress, *, train_reference: bool = True) -> RunJob:
@@ -137,11 +144,13 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress, *, trai
         InvalidArgument: a mistake in the settings or the data.
     """
     reference = profile = None
+    start = given_start(config)
     read = any(variant.reads_reference for variant in config.variants) and not config.replay_weights
     if read:
         reference = given_reference(config)
     task = build_task(config, progress, reference.tokenizer if reference else _replayed_tokenizer(config))
     _check_samples(config, task)
+    check_tokenizer(start, reference.tokenizer_checksum if reference else task.tokenizer.checksum)
     model = build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed)
     if read and reference is None:
         reference = (
@@ -151,7 +160,7 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress, *, trai
         profile = job_profile(config.profile, task, reference)
         _warn_of(reference, config, count_parameters(model))
     methods = prepare_methods(config, task, device, reference if train_reference else None, progress)
-    return RunJob(config, task, device, model, reference, profile, methods)
+    return RunJob(config, task, device, model, reference, profile, methods, start)
 
 
 def _replayed_tokenizer(config: RunConfig) -> Tokenizer | None:
@@ -232,20 +241,22 @@ class _Run:
         with ExitStack() as stack:
             attached = _Attached(AsDrawn(self._task.order), Even(config.batch_size))
 
-            def attach() -> bool:
+            def attach() -> tuple[bool, bool]:
                 nonlocal attached
                 attached = self._attach(model, bar.say, stack)
-                return bool(attached.learners)
+                held_out = reads_profile(self._variant, self._job.start) and not config.profile
+                return bool(attached.learners), held_out
 
             teacher = None
-            if ranks.from_first(attach):
-                held_out = self._variant.reads_profile and not config.profile
+            taught, held_out = ranks.from_first(attach)
+            if taught:
                 teacher = Teacher(
                     config,
                     self._task,
                     model,
                     attached.learners,
                     config.cadence(self._variant),
+                    config.validation_samples(self._variant),
                     held_out=held_out,
                     ranks=ranks,
                 )
@@ -275,7 +286,9 @@ class _Run:
             bring_records(config, self._workspace, self._variant, self._task)
         elif self._variant.learned:
             session = stack.enter_context(
-                WeighterSession(config, self._workspace, self._variant, self._job.reference, self._job.profile)
+                WeighterSession(
+                    config, self._workspace, self._variant, self._job.reference, self._job.profile, self._job.start
+                )
             )
         chooser = self._chooser(session, model, stack)
         weigher = self._weigher(session, model, stack)
@@ -330,7 +343,8 @@ class _Run:
             return self._job.methods.chooser(self._variant, model, open_record)
         if session is None or session.selecting is None:
             return AsDrawn(task.order)
-        return Selected(session.selecting, open_record(), config, task, config.cadence(self._variant))
+        columns = self._job.start.columns if self._variant.from_export and self._job.start else COLUMNS
+        return Selected(session.selecting, open_record(), config, task, config.cadence(self._variant), columns)
 
     def _weigher(self, session: WeighterSession | None, model: torch.nn.Module, stack: ExitStack) -> Weigher:
         config, variant = self._config, self._variant
@@ -350,6 +364,7 @@ class _Run:
             open_record(),
             self._task,
             self._job.device,
-            pretaught=variant.pretaught and not variant.selects,
+            columns=FEATURE_NAMES if variant.selects else columns_of(variant, self._job.start),
+            taught_before=variant.weighter_from != "none" and not variant.selects,
             inner=variant.selects,
         )

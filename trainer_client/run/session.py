@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,18 +18,21 @@ from trainer_client.job import Job
 from trainer_client.run.config import RunConfig
 from trainer_client.run.deliver import deliver
 from trainer_client.run.reference import RunReference
+from trainer_client.run.start import Start
 from trainer_client.run.variants import Variant
 from trainer_client.run.workspace import Workspace
+from trainer_client.settings import Timeouts
+from trainer_client.transports import is_embedded
 from weighting_contract.columns import COLUMNS
 from weighting_contract.errors import DeadlineExceeded, ResourceExhausted, Unavailable, WeighbridgeError
+from weighting_contract.export import PRETAUGHT
 from weighting_contract.profile import Profile
 from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
 
-PRETAUGHT = "pretaught"
 SELECT_SPEC = WeighterSpec(  # reads a reference's statistics; candidates may be told apart sharply
     features=FeatureSpec(names=COLUMNS),
     head=HeadSpec(temperature=0.5, min_effective_share=0.1),
-    learning=LearningSpec(learning_rate=3e-3),
+    learning=LearningSpec(learning_rate=3e-3, settle_after=48),
 )
 WEIGHT_SPEC = WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES))  # reads the trainer's
 
@@ -37,7 +41,7 @@ _FINISH_S = 10.0  # at most, for what is outstanding at the end
 _POLL_S = 0.05
 
 
-def check_service(config: RunConfig, reference: RunReference | None) -> None:
+def check_service(config: RunConfig, reference: RunReference | None, start: Start | None) -> None:
     """Raises WeighbridgeError where the weighters of a new job can't be had; makes them where they are missing.
 
     A service that is away is only a mistake with `on_failure="raise"`. An embedded one without a folder of its own is a
@@ -46,8 +50,8 @@ def check_service(config: RunConfig, reference: RunReference | None) -> None:
     with connect(config.weighter, **config.credentials) as client:
         try:
             for variant in config.variants:
-                for name, start in weighter_names(variant):
-                    client.create_weighter(name, **start)
+                for name, begun in weighter_names(variant, start):
+                    client.create_weighter(name, **begun)
             if reference and reference.files:
                 client.put_reference(reference.name, reference.files)
         except PASSING:
@@ -70,13 +74,15 @@ class WeighterSession:
         variant: Variant,
         reference: RunReference | None,
         profile: Profile | None,
+        start: Start | None,
     ) -> None:
         """Raises WeighbridgeError where a job is refused; a service that is away only costs the weighter's word."""
-        self._config, self._variant = config, variant
+        self._config, self._variant, self._start = config, variant, start
         older: Any = config.on_older_service
         self._client: Client = connect(
             _url(config, workspace),
             **config.credentials,
+            timeouts=_timeouts(config),
             on_failure="raise" if config.on_failure == "raise" else "uniform",
             on_older_service=older,
         )
@@ -112,7 +118,7 @@ class WeighterSession:
         return self._open(
             job_id,
             self._variant.weighter,
-            **start_of(self._variant),
+            **start_of(self._variant, self._start),
             reference=reference.name,
             reference_checksum=reference.checksum,
             reference_files=reference.files,
@@ -123,8 +129,11 @@ class WeighterSession:
     def _open_weighing(self, job_id: str) -> Job:
         if self._variant.selects:
             return self._open(f"{job_id}-inner", self._variant.inner_weighter, spec=WEIGHT_SPEC)
-        names = COLUMNS if self._variant.pretaught else FEATURE_NAMES
-        return self._open(job_id, self._variant.weighter, **start_of(self._variant), feature_names=names)
+        begun: dict[str, Any] = start_of(self._variant, self._start)
+        if self._variant.from_export and self._start:
+            begun["tokenizer_checksum"] = self._start.tokenizer_checksum  # the run's own: it was checked
+        names = columns_of(self._variant, self._start)
+        return self._open(job_id, self._variant.weighter, **begun, feature_names=names)
 
     def _open(self, job_id: str, weighter: str, **arguments: Any) -> Job:
         role: Any = self._variant.role
@@ -144,6 +153,9 @@ class WeighterSession:
                 time.sleep(_POLL_S)
                 view = self._client.get_weighter(weighter)
             about.update(version=view.applied_position, applied_updates=view.learning.updates_applied)
+            about["initial"] = view.initial
+            if job.job_id in view.learning.jobs:
+                about["trust_t"] = view.learning.jobs[job.job_id].trust_t
             if export is not None:
                 self._client.export_weighter(weighter, export)
         except WeighbridgeError as exc:
@@ -153,17 +165,36 @@ class WeighterSession:
         return about
 
 
-def weighter_names(variant: Variant) -> list[tuple[str, dict[str, Any]]]:
+def weighter_names(variant: Variant, start: Start | None) -> list[tuple[str, dict[str, Any]]]:
     """The weighters of a run, each with what makes it where it is missing; none for a run without any."""
-    named = [(variant.weighter, start_of(variant))] * variant.learned
+    if not variant.learned:
+        return []
+    named = [(variant.weighter, start_of(variant, start))]
     return named + [(variant.inner_weighter, {"spec": WEIGHT_SPEC})] * (variant.mode == "both")
 
 
-def start_of(variant: Variant) -> dict[str, Any]:
+def start_of(variant: Variant, start: Start | None) -> dict[str, Any]:
     """What makes the weighter of a run where it is missing."""
     if variant.pretaught:
         return {"initial": PRETAUGHT}
+    if variant.from_export and start:
+        return {"initial": start.folder}
     return {"spec": SELECT_SPEC if variant.selects else WEIGHT_SPEC}
+
+
+def columns_of(variant: Variant, start: Start | None) -> tuple[str, ...]:
+    """What the trainer gives the weighter of a run that weighs, of each sample."""
+    if variant.from_export and start:
+        return start.columns
+    return COLUMNS if variant.pretaught else FEATURE_NAMES
+
+
+def _timeouts(config: RunConfig) -> Timeouts | None:
+    """None: the defaults of the service in question."""
+    if not config.deadline:
+        return None
+    usual = Timeouts.embedded() if is_embedded(config.weighter) else Timeouts()
+    return replace(usual, score_s=config.deadline)
 
 
 def _url(config: RunConfig, workspace: Workspace) -> str:

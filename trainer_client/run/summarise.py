@@ -52,6 +52,8 @@ def summarise(
     lines = read_metrics(loop.folder / "metrics.jsonl")
     counts = loop.teacher.counts if loop.teacher else None
     selected = loop.chooser if isinstance(loop.chooser, Selected) else None
+    compute = _compute(loop, variant, choices, reference)
+    test_curve = [(line["step"], line["seconds"], line["test_loss"]) for line in lines if "test_loss" in line]
     return RunSummary(
         label=variant.label,
         method=variant.method,
@@ -72,32 +74,46 @@ def summarise(
         weights_by_source=weights_by_source(history.weights, history.sources, history.names),
         shares_by_source=shares_by_source(history.weights, history.sources, history.names),
         trust=next((line["trust"] for line in reversed(lines) if "trust" in line and not line["fallback"]), None),
-        compute=_compute(loop, variant, choices, reference).to_dict(),
+        compute=compute.to_dict(),
         reference=reference.about() if reference and variant.reads_reference else None,
         replayed_from=(config.replay_weights or None) if variant.records_choice or variant.records_weights else None,
         weighter=weighter,
-        test_curve=[(line["step"], line["seconds"], line["test_loss"]) for line in lines if "test_loss" in line],
+        warnings=loop.task.warnings,
+        test_curve=test_curve,
+        spent_curve=_spent(compute, loop, choices, reference, [step for step, _, _ in test_curve]),
     )
 
 
 def _compute(loop: Loop, variant: Variant, choices: Sequence[Choice], reference: RunReference | None) -> Compute:
     config, parameters = loop.config, count_parameters(loop.model)
     taught = loop.teacher.counts.computed * config.seq_len if loop.teacher else 0  # tokens for each sample of an update
-    scoring = trained = 0.0
-    if variant.selects and reference is not None:
-        scored = sum(len(choice.drawn) for choice in choices if not choice.fallback)
-        scoring, trained = (
-            scoring_flops(reference.parameters, scored * min(config.seq_len, reference.seq_len)),
-            reference.trained_flops,
-        )
-    for judged in (loop.chooser, loop.weigher):
-        if isinstance(judged, JudgedChooser | JudgedWeigher):
-            scoring, trained = scoring + judged.flops(config.steps), trained + judged.trained_flops
+    trained = reference.trained_flops if variant.selects and reference is not None else 0.0
     return Compute(
         training_flops=training_flops(parameters, config.steps * config.batch_size * config.seq_len),
         teaching_flops=teaching_flops(
-            parameters, config.hypergradient, taught * config.meta_batch, taught * config.val_batch
+            parameters, config.hypergradient, taught * config.meta_batch, taught * config.validation_samples(variant)
         ),
-        scoring_flops=scoring,
-        reference_flops=trained,
+        scoring_flops=_scoring_flops(loop, choices, reference),
+        reference_flops=trained + sum(judged.trained_flops for judged in _judged(loop)),
     )
+
+
+def _scoring_flops(loop: Loop, choices: Sequence[Choice], reference: RunReference | None) -> float:
+    """What choosing and weighing the first steps took, `choices` being theirs."""
+    flops = sum(judged.flops(len(choices)) for judged in _judged(loop))
+    if isinstance(loop.chooser, Selected) and reference is not None:
+        computed = loop.chooser.computed_again + sum(choice.computed for choice in choices)
+        flops += scoring_flops(reference.parameters, computed * min(loop.config.seq_len, reference.seq_len))
+    return flops
+
+
+def _judged(loop: Loop) -> list[JudgedChooser | JudgedWeigher]:
+    return [part for part in (loop.chooser, loop.weigher) if isinstance(part, JudgedChooser | JudgedWeigher)]
+
+
+def _spent(
+    compute: Compute, loop: Loop, choices: Sequence[Choice], reference: RunReference | None, steps: Sequence[int]
+) -> list[float]:
+    """What all of it had taken after so many steps. A sample is scored when it comes first: early steps cost more."""
+    a_step = (compute.training_flops + compute.teaching_flops) / loop.config.steps
+    return [a_step * step + _scoring_flops(loop, choices[:step], reference) for step in steps]

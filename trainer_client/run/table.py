@@ -9,18 +9,38 @@ from rich.table import Table
 from trainer_client.run.report import RunSummary, loss_at_compute, reached_uniform
 
 _NONE = "-"
+_MOST_BESIDE = 6  # runs in columns
 _CAPTION = (
     "by uniform's compute and loss: on the fixed samples of the curves\n"
     "share: in what was trained on, weight x count\n"
     "* over the last quarter of the steps; times in % of the steps'"
 )
 
+_HEADS_OF_MANY = {
+    "test loss": "test\nloss",
+    "loss at uniform's compute": "at equal\ncompute",
+    "steps to uniform's loss": "steps to\nuniform's",
+    "compute, uniform = 1": "compute",
+}
+_CAPTION_OF_MANY = (
+    "at equal compute: once as much was spent as by uniform in all\n"
+    "steps to uniform's: until the loss that uniform ends with\n"
+    "both on the fixed samples of the curves; summary.json has all the rest"
+)
+
 Cell = Callable[[RunSummary], str]
 
 
 def table(runs: dict[str, RunSummary], main: str) -> Table:
-    """A rich table of the runs, the main one last; with four runs it fits into 80 columns."""
+    """A rich table of the runs, the main one last; it fits into 80 columns with up to four runs, and with many.
+
+    Many are rows, the best one first, with the few figures that they are compared by.
+    """
     shown = [runs[label] for label in sorted(runs, key=lambda label: label == main)]
+    return _beside(shown, runs.get("uniform")) if len(runs) <= _MOST_BESIDE else _beneath(shown, runs.get("uniform"))
+
+
+def _beside(shown: list[RunSummary], uniform: RunSummary | None) -> Table:
     result = Table(title=_title(shown), title_justify="left", caption=_CAPTION, caption_justify="left")
     result.add_column("")
     for run in shown:
@@ -31,17 +51,8 @@ def table(runs: dict[str, RunSummary], main: str) -> Table:
         if any(v != _NONE for v in values):
             result.add_row(name, *values)
 
-    row("test loss", lambda r: f"{r.test_loss:.3f}")
-    row("validation loss", lambda r: f"{r.val_loss:.3f}")
-    uniform = runs.get("uniform")
-    if uniform and len(runs) > 1:
-        row("loss at uniform's compute", lambda r: f"{loss_at_compute(r, uniform):.3f}")
-        row("steps to uniform's loss", lambda r: _number(reached_uniform(r, uniform).steps))
-        row("seconds to it", lambda r: _number(reached_uniform(r, uniform).seconds))
-    row("compute, uniform = 1", lambda r: f"{r.compute['relative']:.2f}")
-    row("wall time, s", lambda r: f"{r.wall_seconds:.0f}")
-    for task, metric in dict.fromkeys(key for r in shown for key in _task_scores(r)):
-        row(f"{task} {metric}", _task_score(task, metric))
+    for name, value in _comparison(shown, uniform):
+        row(name, value)
     result.add_section()
     for name in _names(r.shares_by_source for r in shown):
         row(f"share of {name}*", _share(name))
@@ -50,6 +61,46 @@ def table(runs: dict[str, RunSummary], main: str) -> Table:
         result.add_section()
         _add_service_rows(row)
     return result
+
+
+def _beneath(shown: list[RunSummary], uniform: RunSummary | None) -> Table:
+    title = f"{len(shown)} runs, of which {shown[-1].label} is the main one; seed {shown[0].seed}"
+    result = Table(title=title, title_justify="left", caption=_CAPTION_OF_MANY, caption_justify="left")
+    values = dict(_comparison(shown, uniform))
+    cells = [(head, values[name]) for name, head in _HEADS_OF_MANY.items() if name in values]
+    cells += _score_cells(shown)
+    cells += [("trust", _trust)] * any(run.trust is not None for run in shown)
+    cells += [("no\nanswer", _unanswered)] * any(run.fallback_steps for run in shown)
+    result.add_column("", no_wrap=True)
+    for name, _ in cells:
+        result.add_column(name, justify="right")
+    for run in sorted(shown, key=lambda run: run.test_loss):
+        result.add_row(run.label, *(value(run) for _, value in cells))
+    return result
+
+
+def _comparison(shown: list[RunSummary], uniform: RunSummary | None) -> list[tuple[str, Cell]]:
+    """What runs are compared by."""
+    cells: list[tuple[str, Cell]] = [
+        ("test loss", lambda r: f"{r.test_loss:.3f}"),
+        ("validation loss", lambda r: f"{r.val_loss:.3f}"),
+    ]
+    if uniform and len(shown) > 1:
+        cells += [
+            ("loss at uniform's compute", lambda r: f"{loss_at_compute(r, uniform):.3f}"),
+            ("steps to uniform's loss", lambda r: _number(reached_uniform(r, uniform).steps)),
+            ("seconds to it", lambda r: _number(reached_uniform(r, uniform).seconds)),
+        ]
+    cells += [
+        ("compute, uniform = 1", lambda r: f"{r.compute['relative']:.2f}"),
+        ("wall time, s", lambda r: f"{r.wall_seconds:.0f}"),
+    ]
+    return cells + _score_cells(shown)
+
+
+def _score_cells(shown: list[RunSummary]) -> list[tuple[str, Cell]]:
+    scores = dict.fromkeys(key for r in shown for key in _task_scores(r))
+    return [(f"{task} {metric}", _task_score(task, metric)) for task, metric in scores]
 
 
 def _task_scores(run: RunSummary) -> dict[tuple[str, str], float]:
@@ -72,7 +123,7 @@ def _title(shown: list[RunSummary]) -> str:
 
 
 def _add_service_rows(row: Callable[[str, Cell], None]) -> None:
-    row("trust at the end", lambda r: _NONE if r.trust is None else f"{r.trust:.2f}")
+    row("trust at the end", _trust)
     row("scoring, s", lambda r: _time_share(r.score_seconds, r))
     row(
         "waiting for scores, s",
@@ -82,7 +133,15 @@ def _add_service_rows(row: Callable[[str, Cell], None]) -> None:
     row("meta-updates", lambda r: _of(r, str(r.meta_updates)))
     row("  degenerate", lambda r: _of(r, str(r.meta_updates_skipped or _NONE)))
     row("  acknowledged", _acknowledged)
-    row("steps without an answer", lambda r: _of(r, str(r.fallback_steps)))
+    row("steps without an answer", _unanswered)
+
+
+def _trust(run: RunSummary) -> str:
+    return _NONE if run.trust is None else f"{run.trust:.2f}"
+
+
+def _unanswered(run: RunSummary) -> str:
+    return _of(run, str(run.fallback_steps))
 
 
 def _names(sources: Iterable[dict[str, float]]) -> list[str]:

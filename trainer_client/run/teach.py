@@ -78,6 +78,7 @@ class Teacher:
         model: torch.nn.Module,
         learners: Sequence[Learner],
         cadence: Cadence,
+        validation_samples: int,
         *,
         held_out: bool = False,
         ranks: Ranks | None = None,
@@ -85,11 +86,12 @@ class Teacher:
         """
         Args:
             learners: none on all ranks but the first.
+            validation_samples: behind each cotangent, drawn anew.
             held_out: cotangents are towards the validation samples that no profile is made of.
         """
         self._held_out, self._ranks = held_out, ranks or Ranks.alone()
         self._config, self._task, self._model, self._learners = config, task, model, learners
-        self._cadence = cadence
+        self._cadence, self._validation_samples = cadence, validation_samples
         self._device = next(model.parameters()).device
         self.counts = TaughtCounts()
 
@@ -113,8 +115,8 @@ class Teacher:
         samples: torch.Tensor,
         probes: int,
         learning_rate: float,
-    ) -> None:
-        """One meta-update from the first samples of a step's batch.
+    ) -> torch.Tensor | None:
+        """One meta-update from the first samples of a step's batch; their cotangent [n], None where it is degenerate.
 
         Args:
             tokens: [n, T+1] their ids.
@@ -127,6 +129,7 @@ class Teacher:
         if computed is not None:
             even = np.arange(len(tokens)) < probes
             self._hand_over(lambda: MetaBatch(f"step-{step}", step, False, tokens, _there(losses), even, computed))
+        return computed
 
     def teach_in_pause(self, step: int, learning_rate: float) -> None:
         """The meta-updates between two stages, on batches of their own; `step` is the next one to train."""
@@ -172,8 +175,7 @@ class Teacher:
         self.counts.sent += self._ranks.from_first(teach)
 
     def _validation(self, step: int, draw: int = 0) -> torch.Tensor:
-        count = self._config.val_batch
-        return self._task.validation_draw(step, count, self._device, draw, held_out=self._held_out)
+        return self._task.validation_draw(step, self._validation_samples, self._device, draw, held_out=self._held_out)
 
     def _cotangent(
         self, step: int, tokens: torch.Tensor, samples: torch.Tensor, validation: torch.Tensor, learning_rate: float

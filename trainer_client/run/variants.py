@@ -12,9 +12,9 @@ from trainer_client.run.methods.names import JUDGED
 
 METHODS = ("dwm", "uniform", "dsir", *JUDGED)
 MODES = ("select", "weight", "both")
-BEGINNINGS = ("pretaught", "none")
+BEGINNINGS = ("pretaught", "none")  # beside the folder of an exported weighter
 ROLES = ("learn", "frozen")
-_SCRATCH, _WEIGHT = "-scratch", "-weight"
+_SCRATCH, _EXPORT, _WEIGHT = "-scratch", "-export", "-weight"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Variant:
     label: str
     method: str
     mode: str = ""  # of dwm and judged methods
-    weighter_from: str = ""  # of dwm
+    weighter_from: str = ""  # of dwm: one of BEGINNINGS, or the folder of an exported weighter
     role: str = ""  # of dwm
     weighter: str = ""  # name of its weighter
 
@@ -72,8 +72,12 @@ class Variant:
         return self.weighter_from == "pretaught"
 
     @property
+    def from_export(self) -> bool:
+        return self.learned and self.weighter_from not in BEGINNINGS
+
+    @property
     def reads_profile(self) -> bool:
-        """Whether its weighter reads statistics against the target."""
+        """Whether its weighter reads statistics against the target; of an export that weighs its spec says so."""
         return self.learned and (self.selects or self.pretaught)
 
     @property
@@ -83,28 +87,31 @@ class Variant:
 
 
 def label_of(method: str, mode: str, weighter_from: str) -> str:
-    """The method, for judged ones with -weight in that mode; for dwm the mode, with -scratch for a fresh weighter."""
+    """The method, for judged ones with -weight in that mode; for dwm the mode, with -scratch for a fresh weighter and
+    -export for one that starts from an export."""
     if method in JUDGED and mode == "weight":
         return method + _WEIGHT
     if method != "dwm":
         return method
-    return mode if weighter_from == "pretaught" else mode + _SCRATCH
+    return mode + {"pretaught": "", "none": _SCRATCH}.get(weighter_from, _EXPORT)
 
 
-LABELS: tuple[str, ...] = (
+LABELS: tuple[str, ...] = (  # of runs that a job may be compared with
     *("uniform", "dsir"),
     *(label_of("dwm", mode, beginning) for mode in MODES for beginning in BEGINNINGS),
     *JUDGED,
     *(label_of(name, "weight", "") for name, judged in JUDGED.items() if judged.weighs),
 )
+MAIN_LABELS: tuple[str, ...] = (*LABELS, *(mode + _EXPORT for mode in MODES))  # those of the main run
 
 
-def variant_of(label: str, weighter: str, role: str = "learn") -> Variant:
-    """The variant that a label stands for, with the name of its weighter and the role of its jobs."""
+def variant_of(label: str, weighter: str, role: str = "learn", weighter_from: str = "") -> Variant:
+    """The variant that a label stands for, with the name of its weighter, the role of its jobs and, where the label
+    does not say it, the folder that the weighter starts from."""
     if (method := label.removesuffix(_WEIGHT)) in JUDGED:
         return Variant(label, method, "select" if label == method else "weight")
     if label in METHODS:
         return Variant(label, label)
-    mode = label.removesuffix(_SCRATCH)
-    beginning = "none" if label.endswith(_SCRATCH) else "pretaught"
-    return Variant(label, "dwm", mode, beginning, role, weighter)
+    mode, dash, beginning = label.partition("-")
+    started = {"": "pretaught", _SCRATCH: "none"}.get(dash + beginning, weighter_from)
+    return Variant(label, "dwm", mode, started, role, weighter)

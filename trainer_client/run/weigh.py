@@ -6,21 +6,22 @@ The record makes resuming exact. Knows nothing of models or optimisers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from trainer_client.features import FEATURE_NAMES, batch_features
-from trainer_client.job import Job
+from trainer_client.job import Job, Scores
+from trainer_client.pending import Pending
 from trainer_client.run.deliver import deliver
 from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task
 from trainer_client.run.teach import MetaBatch
-from weighting_contract.columns import COLUMNS
+from weighting_contract.columns import needs_profile
 from weighting_contract.spec import HeadSpec
 
-PRETAUGHT_MIN_SHARE = HeadSpec().min_effective_share  # inside a batch; the pretaught spec's is for candidates
+LEAST_SHARE = HeadSpec().min_effective_share  # inside a batch
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class Weigher(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class Asks(Protocol):
+    """A weigher that asks somebody, which takes a while."""
+
+    def ask(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Sends for the weights of a step, whose `weigh` then waits for them; returns at once."""
+
+
 class Even:
     """Weight 1 for every sample."""
 
@@ -80,8 +89,8 @@ class Even:
 class Learned:
     """Asks the job's weighter, records the answer, then hands it out; a recorded step is not asked about again.
 
-    The weighter reads statistics of the trainer's own losses. A pretaught one reads those against the target, too: here
-    the trainer counts the n-grams of its validation and training samples.
+    The weighter reads statistics of the trainer's own losses. One that was taught before may read those against the
+    target, too: for them the trainer counts the n-grams of its validation and training samples.
     """
 
     reads_losses = True
@@ -93,23 +102,32 @@ class Learned:
         task: Task,
         device: torch.device,
         *,
-        pretaught: bool = False,
+        columns: tuple[str, ...] = FEATURE_NAMES,
+        taught_before: bool = False,
         inner: bool = False,
     ) -> None:
         """
         Args:
-            pretaught: whether the weighter started from the one that comes with the service.
+            columns: what the weighter reads, of `weighting_contract.columns.COLUMNS`.
+            taught_before: it started from another, whose spec's guard may be for candidates.
             inner: it weighs what another weighter has selected; its metrics are called `inner_...` then.
         """
         self._job, self._recorder = job, recorder
         self._unigram_nll = task.unigram_nll.to(device)
-        self._names = COLUMNS if pretaught else FEATURE_NAMES
-        self._table = task.target_table(task.profile_tokens).to(device) if pretaught else None
-        self._min_share = PRETAUGHT_MIN_SHARE if pretaught else None
+        self._names = columns
+        self._table = task.target_table(task.profile_tokens).to(device) if needs_profile(columns) else None
+        self._min_share = LEAST_SHARE if taught_before else None
         self._prefix = "inner_" if inner else ""
+        self._asked: dict[int, Pending[Scores]] = {}  # by step, until it is weighed
+
+    def ask(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Sends the features of a step that is not on record."""
+        if self._recorder.get(step) is None:
+            features = self._features(losses, tokens)
+            self._asked[step] = self._job.score_soon(features, step, min_effective_share=self._min_share)
 
     def weigh(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Weights:
-        record = self._recorder.get(step) or self._asked(step, losses, tokens)
+        record = self._recorder.get(step) or self._answered(step, losses, tokens)
         metrics = {"position": record.position, "trust": record.trust}
         named = {self._prefix + name: value for name, value in metrics.items()}
         return Weights(record.weights, record.fallback, named)
@@ -141,8 +159,10 @@ class Learned:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._job.load_state_dict(state["job"])
 
-    def _asked(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Record:
-        scores = self._job.score(self._features(losses, tokens), step, min_effective_share=self._min_share)
+    def _answered(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Record:
+        if step not in self._asked:
+            self.ask(step, losses, tokens)
+        scores = self._asked.pop(step).result()
         weights = scores.weights.float().cpu().numpy()
         record = Record(
             step=step,

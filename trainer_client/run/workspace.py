@@ -18,13 +18,14 @@ from pathlib import Path
 
 from trainer_client.run.config import RunConfig
 from trainer_client.run.report import write_json
-from trainer_client.run.variants import LABELS, METHODS, Variant
+from trainer_client.run.variants import MAIN_LABELS, METHODS, Variant
 from weighting_contract.errors import FailedPrecondition, InvalidArgument
 
 _SETTINGS, _LOCK = "config.json", ".lock"
 _RESULTS = (
-    *dict.fromkeys((*LABELS, *METHODS)),  # runs of earlier versions were called after their methods
-    *("summary.json", "weights.png", "weighter-export", "weighters", "reference", "tokenizer.json", "samples.json"),
+    *dict.fromkeys((*MAIN_LABELS, *METHODS)),  # runs of earlier versions were called after their methods
+    *("summary.json", "weights.png", "weighter-export", "weighters", "weighter-start", "reference"),
+    *("tokenizer.json", "samples.json"),
 )
 
 
@@ -66,6 +67,11 @@ class Workspace:
     def reference(self) -> Path:
         """A copy of the reference that was trained or given for the job."""
         return self.root / "reference"
+
+    @property
+    def weighter_start(self) -> Path:
+        """A copy of the exported weighter that the main run's started from."""
+        return self.root / "weighter-start"
 
     @property
     def weighters(self) -> Path:

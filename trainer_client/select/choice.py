@@ -25,6 +25,8 @@ class Selection:
     fallback: bool  # the first candidates as they came, as they could not be scored, or were not more than B
     trust: float  # the factor in [0, 1] that was on the logits; on a fallback 0
     weights: np.ndarray  # [B] float32 of those kept, of mean 1 over all candidates; on a fallback all 1
+    all_statistics: np.ndarray | None = None  # [N, F] float32 of all candidates; None where `statistics` is
+    computed_samples: int | None = None  # candidates that the reference computed for it; None: not known, or a fallback
 
 
 def choose(weights: np.ndarray, keep: int, probes: int, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

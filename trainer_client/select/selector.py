@@ -225,6 +225,8 @@ class Selector:
             fallback=False,
             trust=scores.trust,
             weights=scores.weights[kept],
+            all_statistics=scores.statistics,
+            computed_samples=scores.computed_samples,
         )
 
     def _teach(self, step: int, cotangent: np.ndarray, selection: Selection, update_id: str | None) -> None:

@@ -183,6 +183,8 @@ class GrpcTransport(Transport):
             return Unavailable(f"{where} is not reachable or not ready ({method}): {details or 'cancelled'}")
         if code == "DEADLINE_EXCEEDED":
             return DeadlineExceeded(f"{where} did not answer {method} in time: {details}")
+        if code == "RESOURCE_EXHAUSTED" and "message larger than max" in details:  # gRPC's own word; no retry helps
+            return InvalidArgument(f"{method} takes a larger message than one may be (--max-message-mb): {details}")
         if code == "RESOURCE_EXHAUSTED":
             return ResourceExhausted(details, _retry_after_s(exc))
         if code in BY_CODE:

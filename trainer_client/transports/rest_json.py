@@ -112,6 +112,7 @@ def _read_score(answer: dict[str, Any]) -> pb.ScoreResponse:
             effective_sample_size=answer["effective_sample_size"],
             statistics=None if statistics is None else to_message(np.asarray(statistics, np.float32)),
             trust=answer.get("trust", 0.0),
+            computed_samples=answer.get("computed_samples"),
         )
     except (KeyError, TypeError, ValueError) as exc:
         raise Internal(f"the service's answer is not a ScoreResponse: {exc!r}") from exc

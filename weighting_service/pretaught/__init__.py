@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-NAME = "pretaught"  # of the reference, and of the initial parameters in CreateWeighter
+from weighting_contract.export import PRETAUGHT as NAME  # of the reference, and of the initial parameters
+
+__all__ = ["NAME", "reference_folder", "weighter_folder"]
 
 
 def reference_folder() -> Path:
@@ -13,5 +15,5 @@ def reference_folder() -> Path:
 
 
 def weighter_folder() -> Path:
-    """The folder of the packaged weighter, an export that `load_weighter` reads."""
+    """The folder of the packaged weighter, an export as any other."""
     return Path(__file__).parent / "weighter"

@@ -30,12 +30,14 @@ def load_reference(
     *,
     name: str = "",
     tokens_per_pack: int | None = None,
+    cached_samples: int = 0,
 ) -> Reference:
     """The reference in a folder, verified, on a device, ready to score.
 
     Args:
         name: for specs and metrics; the folder's own by default.
         tokens_per_pack: most padded tokens of a forward pass; None: what suits the device.
+        cached_samples: whose raw statistics are kept in memory, the newest ones; 0: none.
 
     Raises:
         InvalidArgument: one sentence about the first thing that is wrong: a missing, truncated or changed file, a
@@ -46,7 +48,8 @@ def load_reference(
     info = check_reference(files, str(folder))
     tokenize = _tokenizer(files["tokenizer.json"], info, folder)
     model = _model(folder, files["config.json"], info)
-    return Reference(name or folder.resolve().name, info, model, tokenize, read_counts(files), device, tokens_per_pack)
+    name = name or folder.resolve().name
+    return Reference(name, info, model, tokenize, read_counts(files), device, tokens_per_pack, cached_samples)
 
 
 def _library(name: str) -> Any:

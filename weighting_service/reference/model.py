@@ -15,7 +15,8 @@ from torch import Tensor
 
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.reference import Counts, ReferenceInfo
-from weighting_contract.statistics import RAW_NAMES, raw_statistics, unigram_nll_table
+from weighting_contract.statistics import raw_statistics, unigram_nll_table
+from weighting_service.reference.cache import SampleCache, sample_key
 from weighting_service.reference.packing import Pack, PackReport, pack_rows, pad_rows
 
 Row = Sequence[int] | np.ndarray  # token ids of one sample
@@ -49,6 +50,7 @@ class Reference:
         counts: Counts,
         device: torch.device | str = "cpu",
         tokens_per_pack: int | None = None,
+        cached_samples: int = 0,
     ) -> None:
         """
         Args:
@@ -56,13 +58,15 @@ class Reference:
             tokenize: texts to token ids.
             counts: of the pool that the model was trained on.
             tokens_per_pack: most padded tokens of a forward pass; None: what suits the device.
+            cached_samples: whose raw statistics are kept, the newest ones; 0: none.
 
         Raises:
             InvalidArgument: a model whose losses depend on padding or are not finite, or whose logits are not those of
                 its output layer.
         """
         self.name, self.info, self.ngram_counts = name, info, counts.ngrams
-        self.last_report = PackReport(0, 0, 0, 0, 0)
+        self.last_report = PackReport(0, 0, 0, 0, 0, ())
+        self._cache = SampleCache(cached_samples)
         self._tokenize = tokenize
         self._model = model.eval().requires_grad_(False)
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
@@ -113,13 +117,22 @@ class Reference:
         return self.raw_statistics_of([rows], fields=["rows"])[0]
 
     def raw_statistics_of(
-        self, batches: Sequence[Sequence[Row]], fields: Sequence[str] | None = None, *, checked: bool = False
+        self,
+        batches: Sequence[Sequence[Row]],
+        fields: Sequence[str] | None = None,
+        scopes: Sequence[str] | None = None,
+        *,
+        checked: bool = False,
     ) -> list[Tensor]:
         """`raw_statistics` of several callers' batches, packed together.
+
+        What is known of a sample, from an earlier call or as it comes twice in this one, is not computed again; in
+        `last_report`, the first caller with it is the one that it was computed for.
 
         Args:
             batches: rows of each caller.
             fields: names of the batches in error messages.
+            scopes: of each caller; those of different scopes share nothing that is known. None: all are of one.
             checked: the rows come from `check_rows` and need no second look.
 
         Raises:
@@ -128,17 +141,27 @@ class Reference:
         if not checked:
             fields = fields or [f"batches[{b}]" for b in range(len(batches))]
             batches = [self.check_rows(batch, field) for batch, field in zip(batches, fields, strict=True)]
-        rows = [np.asarray(row) for batch in batches for row in batch]
-        packs = pack_rows([row[: self.max_tokens] for row in rows], self.tokens_per_pack)
-        raw = torch.empty(len(rows), len(RAW_NAMES))
+        owners = [scope for scope, batch in zip(scopes or [""] * len(batches), batches, strict=True) for _ in batch]
+        whole = [np.asarray(row) for batch in batches for row in batch]
+        rows = [row[: self.max_tokens] for row in whole]
+        keys = [sample_key(row, scope) for row, scope in zip(rows, owners, strict=True)]
+        raw, known = self._cache.read(keys)
+        first = {keys[i]: i for i in np.flatnonzero(~known)[::-1]}  # the first row of each sample that is not known
+        fresh = sorted(first.values())
+        packs = pack_rows([rows[i] for i in fresh], self.tokens_per_pack)
         if packs:
-            raw[[i for pack in packs for i in pack.indices]] = self._score(packs)
+            raw[[fresh[i] for pack in packs for i in pack.indices]] = self._score(packs)
+            unknown = np.flatnonzero(~known)
+            raw[torch.from_numpy(unknown)] = raw[[first[keys[i]] for i in unknown]]
+            self._cache.add([keys[i] for i in fresh], raw[fresh])
+        ends = np.cumsum([len(batch) for batch in batches])
         self.last_report = PackReport(
             packs=len(packs),
             samples=len(rows),
             real_tokens=sum(pack.real_tokens for pack in packs),
             padded_tokens=sum(pack.padded_tokens for pack in packs),
-            cut_samples=sum(len(row) > self.max_tokens for row in rows),
+            cut_samples=sum(len(row) > self.max_tokens for row in whole),
+            computed_samples=tuple(np.bincount(np.searchsorted(ends, fresh, "right"), minlength=len(batches)).tolist()),
         )
         return list(torch.split(raw, [len(batch) for batch in batches]))
 

@@ -18,13 +18,19 @@ _LEAST_EFFICIENCY = 0.9
 
 @dataclass(frozen=True)
 class PackReport:
-    """How well the samples of a call were packed; tokens are places that the model computes, labels of real ones."""
+    """What became of a call's samples; tokens are places that the model computed, labels of real ones."""
 
     packs: int
     samples: int
     real_tokens: int
     padded_tokens: int
     cut_samples: int  # longer than the reference takes
+    computed_samples: tuple[int, ...]  # of each caller's batch; the others were known
+
+    @property
+    def known_samples(self) -> int:
+        """Samples that nothing was computed for."""
+        return self.samples - sum(self.computed_samples)
 
     @property
     def efficiency(self) -> float:

@@ -3,7 +3,7 @@
 The one state machine of a weighter: `score` reads its published state, `apply` moves it on by one meta-update.
 """
 
-from weighting_service.weighter.export import load_parameters, load_weighter, read_export, save_weighter, weighter_files
+from weighting_service.weighter.export import load_parameters, weighter_files
 from weighting_service.weighter.learner import Published, Weighter
 from weighting_service.weighter.model import count_parameters
 
@@ -12,8 +12,5 @@ __all__ = [
     "Weighter",
     "count_parameters",
     "load_parameters",
-    "load_weighter",
-    "read_export",
-    "save_weighter",
     "weighter_files",
 ]

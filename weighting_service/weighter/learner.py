@@ -33,6 +33,7 @@ from weighting_service.weighter.cotangents import JobSignal, RunningMean, centre
 from weighting_service.weighter.model import DataWeightingModel, Samples
 from weighting_service.weighter.normalise import guarded, to_weights, weights_of
 from weighting_service.weighter.optimiser import AdamW, Layout, clipped
+from weighting_service.weighter.pretrained import Pretrained
 from weighting_service.weighter.state import State, check_tensors, state_from_json, state_to_json
 from weighting_service.weighter.trust import probe_agreement
 
@@ -70,7 +71,7 @@ class _Lesson:
     effective_share: float
 
 
-class Weighter:
+class Weighter(Pretrained):
     """A data weighting model that serves scores while it learns.
 
     Args:
@@ -369,6 +370,9 @@ class Weighter:
                 f"the weighter is at position {self._position}; only a fresh one can take other parameters"
             )
         check_tensors(tensors, self._model.state_dict(), "this weighter's parameters")
+        for name, _ in self._model.named_parameters():
+            if not bool(tensors[name].isfinite().all()):
+                raise InvalidArgument(f"tensor {name!r} holds numbers that are not finite; so would weights be")
         self._model.load_state_dict(dict(tensors))
         self._mean.copy_(self._parameters)
         self._scoring_model = self._model_of_mean()

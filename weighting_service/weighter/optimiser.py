@@ -15,6 +15,7 @@ from weighting_contract.spec import LearningSpec
 
 ALIGNMENT = 16  # elements: every part begins on a cache line, so that no kernel has to start in the middle of one
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+LEAST_RATE = 0.1  # of the spec's learning rate
 
 
 class Layout:
@@ -57,7 +58,7 @@ class AdamW:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) on one vector, whose first `decayed` elements decay.
 
     m' = b1 m + (1 - b1) g          v' = b2 v + (1 - b2) g^2
-    phi' = (1 - lr wd) phi - lr (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)
+    phi' = (1 - lr wd) phi - lr (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps),    lr = `learning_rate_at(spec, t)`
     """
 
     def __init__(self, parameters: Tensor, learning: LearningSpec, decayed: int) -> None:
@@ -76,17 +77,25 @@ class AdamW:
     def step(self, gradient: Tensor) -> bool:
         """Moves the parameters [size] in place; False, and nothing changed, where one would not be finite then."""
         learning, steps = self._learning, self.steps + 1
+        rate = learning_rate_at(learning, steps)
         mean = torch.lerp(self.mean, gradient, 1 - BETA_1)
         square = (self.square * BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
         spread = square.sqrt().div_(math.sqrt(1 - BETA_2**steps)).add_(EPSILON)
         moved = self._parameters.clone()
-        moved[: self._decayed].mul_(1 - learning.learning_rate * learning.weight_decay)
-        moved.addcdiv_(mean, spread, value=-learning.learning_rate / (1 - BETA_1**steps))
+        moved[: self._decayed].mul_(1 - rate * learning.weight_decay)
+        moved.addcdiv_(mean, spread, value=-rate / (1 - BETA_1**steps))
         if not bool(torch.isfinite(moved).all()):
             return False
         self._parameters.copy_(moved)
         self.steps, self.mean, self.square = steps, mean, square
         return True
+
+
+def learning_rate_at(learning: LearningSpec, step: int) -> float:
+    """Of the step-th step, from 1: the spec's, from `settle_after` on in proportion to 1 / step, down to a tenth."""
+    if not learning.settle_after:
+        return learning.learning_rate
+    return learning.learning_rate * max(LEAST_RATE, min(1.0, learning.settle_after / step))
 
 
 def clipped(gradient: Tensor, largest_norm: float) -> float:

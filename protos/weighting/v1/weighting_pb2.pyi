@@ -90,7 +90,7 @@ class HeadSpec(_message.Message):
     def __init__(self, width: _Optional[int] = ..., layers: _Optional[int] = ..., attention_heads: _Optional[int] = ..., temperature: _Optional[float] = ..., floor: _Optional[float] = ..., min_effective_share: _Optional[float] = ...) -> None: ...
 
 class LearningSpec(_message.Message):
-    __slots__ = ("learning_rate", "weight_decay", "max_gradient_norm", "cotangent_clip", "cotangent_memory", "max_staleness", "trust", "averaging", "logit_penalty")
+    __slots__ = ("learning_rate", "weight_decay", "max_gradient_norm", "cotangent_clip", "cotangent_memory", "max_staleness", "trust", "averaging", "logit_penalty", "settle_after")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     MAX_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class LearningSpec(_message.Message):
     TRUST_FIELD_NUMBER: _ClassVar[int]
     AVERAGING_FIELD_NUMBER: _ClassVar[int]
     LOGIT_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    SETTLE_AFTER_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     weight_decay: float
     max_gradient_norm: float
@@ -109,7 +110,8 @@ class LearningSpec(_message.Message):
     trust: bool
     averaging: float
     logit_penalty: float
-    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., cotangent_clip: _Optional[float] = ..., cotangent_memory: _Optional[float] = ..., max_staleness: _Optional[int] = ..., trust: bool = ..., averaging: _Optional[float] = ..., logit_penalty: _Optional[float] = ...) -> None: ...
+    settle_after: int
+    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., cotangent_clip: _Optional[float] = ..., cotangent_memory: _Optional[float] = ..., max_staleness: _Optional[int] = ..., trust: bool = ..., averaging: _Optional[float] = ..., logit_penalty: _Optional[float] = ..., settle_after: _Optional[int] = ...) -> None: ...
 
 class Weighter(_message.Message):
     __slots__ = ("name", "spec", "position", "applied_position", "parameters", "jobs_open", "learning", "created_unix_ms", "initial", "shared_with", "snapshot_positions")
@@ -183,16 +185,25 @@ class JobStatistics(_message.Message):
     def __init__(self, updates_applied: _Optional[int] = ..., cotangent_rms: _Optional[float] = ..., signal_correlation: _Optional[float] = ..., trust: _Optional[float] = ..., trust_t: _Optional[float] = ..., probed_updates: _Optional[int] = ...) -> None: ...
 
 class CreateWeighterRequest(_message.Message):
-    __slots__ = ("name", "spec", "exist_ok", "initial")
+    __slots__ = ("name", "spec", "exist_ok", "initial", "files")
+    class FilesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     EXIST_OK_FIELD_NUMBER: _ClassVar[int]
     INITIAL_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
     name: str
     spec: WeighterSpec
     exist_ok: bool
     initial: str
-    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., exist_ok: bool = ..., initial: _Optional[str] = ...) -> None: ...
+    files: _containers.ScalarMap[str, bytes]
+    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[WeighterSpec, _Mapping]] = ..., exist_ok: bool = ..., initial: _Optional[str] = ..., files: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class GetWeighterRequest(_message.Message):
     __slots__ = ("name",)
@@ -480,20 +491,22 @@ class ScoreRequest(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., step: _Optional[int] = ..., inputs: _Optional[_Union[Inputs, _Mapping]] = ..., min_position: _Optional[int] = ..., min_effective_share: _Optional[float] = ..., return_statistics: bool = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("weights", "position", "effective_sample_size", "logits", "statistics", "trust")
+    __slots__ = ("weights", "position", "effective_sample_size", "logits", "statistics", "trust", "computed_samples")
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     EFFECTIVE_SAMPLE_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     STATISTICS_FIELD_NUMBER: _ClassVar[int]
     TRUST_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     weights: Tensor
     position: int
     effective_sample_size: float
     logits: Tensor
     statistics: Tensor
     trust: float
-    def __init__(self, weights: _Optional[_Union[Tensor, _Mapping]] = ..., position: _Optional[int] = ..., effective_sample_size: _Optional[float] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., statistics: _Optional[_Union[Tensor, _Mapping]] = ..., trust: _Optional[float] = ...) -> None: ...
+    computed_samples: int
+    def __init__(self, weights: _Optional[_Union[Tensor, _Mapping]] = ..., position: _Optional[int] = ..., effective_sample_size: _Optional[float] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., statistics: _Optional[_Union[Tensor, _Mapping]] = ..., trust: _Optional[float] = ..., computed_samples: _Optional[int] = ...) -> None: ...
 
 class MetaUpdateRequest(_message.Message):
     __slots__ = ("job_id", "update_id", "step", "inputs", "cotangent", "scored_position", "estimator", "probes", "trust_only")

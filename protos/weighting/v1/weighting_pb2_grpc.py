@@ -259,7 +259,8 @@ class WeightingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportWeighter(self, request, context):
-        """The weighter at its applied position as files that `load_weighter` reads (safetensors, config.json, card).
+        """The weighter at its applied position as files (model.safetensors, config.json, README.md), for CreateWeighter and
+        `Weighter.from_pretrained`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

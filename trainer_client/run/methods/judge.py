@@ -20,12 +20,12 @@ class Cost:
 
     per_sample: float = 0.0  # of each sample that is judged
     per_step: float = 0.0  # of each step, whatever the number of samples
-    once: float = 0.0  # before the first step, such as over the pool
+    per_new_sample: float = 0.0  # of each sample when it is judged first, such as by a model that does not change
     training: float = 0.0  # of the models that the judge reads; not part of judging, as it is spent once a pool
 
-    def of(self, steps: int, samples: int) -> float:
-        """Of judging in so many steps, so many samples in all."""
-        return self.once + self.per_step * steps + self.per_sample * samples
+    def of(self, steps: int, samples: int, different: int) -> float:
+        """Of judging in so many steps, so many samples in all, of which so many are different ones."""
+        return self.per_step * steps + self.per_sample * samples + self.per_new_sample * different
 
 
 class Judge(Protocol):

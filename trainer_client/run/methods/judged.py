@@ -19,6 +19,7 @@ from trainer_client.run.data import BatchOrder
 from trainer_client.run.forward import sample_losses
 from trainer_client.run.methods.judge import Judge, Sharpness
 from trainer_client.run.models import count_parameters
+from trainer_client.run.preferences import UNKNOWN, loss_quarters
 from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task
 from trainer_client.run.weigh import Weights
@@ -59,14 +60,15 @@ class JudgedChooser:
         drawn = self._task.candidate_order.indices(step)
         record = self._recorder.get(step) or self._judged(step, drawn)
         kept = drawn[record.kept]
-        return Choice(kept, drawn, probes=0, metrics={"kept_share": self._task.share_by_source(kept)})
+        return Choice(kept, drawn, probes=0, quarters=record.quarters)
 
     def flops(self, steps: int) -> float:
         """What judging the candidates of so many steps takes, the losses of all of them included."""
-        samples = steps * self._task.candidate_order.batch_size
+        order = self._task.candidate_order
+        samples = steps * order.batch_size
         length = self._task.train.tokens.shape[1] - 1
         losses = scoring_flops(count_parameters(self._model), samples * length) if self._judge.reads_losses else 0.0
-        return self._judge.cost.of(steps, samples) + losses
+        return self._judge.cost.of(steps, samples, len(order.drawn(steps))) + losses
 
     @property
     def trained_flops(self) -> float:
@@ -82,13 +84,15 @@ class JudgedChooser:
     def _judged(self, step: int, drawn: np.ndarray) -> Record:
         tokens = self._task.tokens(drawn, self._device)
         with self._passes():
-            logits = self._judge.logits(step, drawn, tokens, self._losses(tokens))
+            losses = self._losses(tokens)
+            logits = self._judge.logits(step, drawn, tokens, losses)
         weights = self._sharpness.weights(logits, step)
         if self._sharpness.temperature == 0:
             kept = np.sort(np.argsort(-logits, kind="stable")[: self._keep])
         else:
             kept, _ = choose(weights, self._keep, 0, (self._task.seed, step))
-        record = _record(step, np.ones(self._keep, np.float32), kept)
+        quarters = None if losses is None else loss_quarters(losses.float().cpu().numpy())[kept]
+        record = _record(step, np.ones(self._keep, np.float32), kept, quarters)
         self._recorder.append(record)
         return record
 
@@ -126,7 +130,8 @@ class JudgedWeigher:
 
     def flops(self, steps: int) -> float:
         """What judging so many batches takes; the losses are those of the training forward."""
-        return self._judge.cost.of(steps, steps * self._task.order.batch_size)
+        order = self._task.order
+        return self._judge.cost.of(steps, steps * order.batch_size, len(order.drawn(steps)))
 
     @property
     def trained_flops(self) -> float:
@@ -171,8 +176,7 @@ class LabelledBatches:
 
     def choose(self, step: int) -> Choice:
         indices = self._rows[self._order.indices(step)]
-        metrics = {"kept_share": self._task.share_by_source(indices)}
-        return Choice(indices, indices, probes=0, metrics=metrics)
+        return Choice(indices, indices, probes=0)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -181,5 +185,15 @@ class LabelledBatches:
         pass
 
 
-def _record(step: int, weights: np.ndarray, kept: np.ndarray) -> Record:
-    return Record(step=step, weights=weights, kept=kept, probes=0, position=0, fallback=False, trust=1.0, taught=0)
+def _record(step: int, weights: np.ndarray, kept: np.ndarray, quarters: np.ndarray | None = None) -> Record:
+    return Record(
+        step=step,
+        weights=weights,
+        kept=kept,
+        probes=0,
+        position=0,
+        fallback=False,
+        trust=1.0,
+        taught=0,
+        quarters=np.full(len(kept), UNKNOWN, np.int8) if quarters is None else quarters,
+    )

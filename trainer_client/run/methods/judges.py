@@ -45,7 +45,7 @@ class StaticJudge:
     def __init__(self, values: np.ndarray, cost: Cost | None = None) -> None:
         """
         Args:
-            values: [N] of all training samples.
+            values: [N] of all training samples; what a run does not draw may be NaN.
             cost: of having made them; None: nothing.
         """
         self._values, self.cost = values.astype(np.float32), cost or Cost()
@@ -93,7 +93,8 @@ class ReducibleLossJudge:
     def __init__(self, holdout_losses: np.ndarray, cost: Cost) -> None:
         """
         Args:
-            holdout_losses: [N] nats, mean token losses of all training samples by the holdout model.
+            holdout_losses: [N] nats, mean token losses of the training samples by the holdout model; NaN for those
+                that a run does not draw.
             cost: of having made them.
         """
         self._holdout_losses, self.cost = holdout_losses, cost

@@ -37,6 +37,7 @@ from trainer_client.run.variants import Variant
 from weighting_contract.spec import HeadSpec
 
 WEIGHT_MIN_SHARE = HeadSpec().min_effective_share  # inside a batch, as a weighter's
+_ALIGNED_TO = 8  # validation samples of a step: more than a cotangent takes, as nothing learns from several of them
 
 OpenRecord = Callable[[], Recorder]
 
@@ -58,26 +59,39 @@ def prepare_methods(
         methods.labelled = target_samples(task, config.oracle_source)
     if reference is None or not any(JUDGED[name].reads_reference for name in names):
         return methods
+    drawn = _drawn(config, task)
     tuned = tuned_model(task, reference, device, progress)
-    tuned_losses = _pool_losses(tuned, task, device, progress)
+    tuned_losses = _losses(tuned, task, drawn, device, progress)
     if "rho" in names:
         methods.rho = ReducibleLossJudge(tuned_losses, _cost(task, reference, tuned))
     if "difference" in names:
         pool = pool_model(reference)
-        gained = _pool_losses(pool, task, device, progress) - tuned_losses
+        gained = _losses(pool, task, drawn, device, progress) - tuned_losses
         methods.difference = StaticJudge(gained, _cost(task, reference, pool, tuned))
     return methods
 
 
-def _pool_losses(small: SmallModel, task: Task, device: torch.device, progress: Progress | None) -> np.ndarray:
-    return pool_losses(small, task.train.tokens, device, progress, "a small model reads the pool")
+def _drawn(config: RunConfig, task: Task) -> np.ndarray:
+    """[n] int64: the training samples that the small models read, each once: those that come in some step."""
+    reading = [v for v in config.variants if v.judged and JUDGED[v.method].reads_reference]
+    order = task.candidate_order if any(v.draws_candidates for v in reading) else task.order
+    return order.drawn(config.steps)
+
+
+def _losses(
+    small: SmallModel, task: Task, drawn: np.ndarray, device: torch.device, progress: Progress | None
+) -> np.ndarray:
+    """[N] of all training samples, NaN for those that are not drawn."""
+    losses = np.full(len(task.train), np.nan, np.float32)
+    losses[drawn] = pool_losses(small, task.train.tokens[drawn], device, progress, "a small model reads the pool")
+    return losses
 
 
 def _cost(task: Task, reference: RunReference, *readers: SmallModel) -> Cost:
-    """Of passes over the pool, and of having trained the reference and its tuned copy."""
+    """Of each reader's pass over a sample, and of having trained the reference and its tuned copy."""
     labels = task.train.tokens.shape[1] - 1
-    passes = sum(scoring_flops(r.parameters, len(task.train) * min(labels, r.seq_len)) for r in readers)
-    return Cost(once=passes, training=reference.trained_flops + readers[-1].trained_flops)
+    a_sample = sum(scoring_flops(r.parameters, min(labels, r.seq_len)) for r in readers)
+    return Cost(per_new_sample=a_sample, training=reference.trained_flops + readers[-1].trained_flops)
 
 
 @dataclass
@@ -129,7 +143,7 @@ class Methods:
         if method == "similarity":
             return SimilarityJudge(model, task, config.batch_size)
         if method == "alignment":
-            return AlignmentJudge(model, task, config.val_batch)
+            return AlignmentJudge(model, task, _ALIGNED_TO)
         prepared = {"rho": self.rho, "difference": self.difference}[method]
         assert prepared is not None
         return prepared
