@@ -116,15 +116,20 @@ class Selected:
         task: Task,
         cadence: Cadence,
         columns: tuple[str, ...] = COLUMNS,
+        probes: int | None = None,
     ) -> None:
-        """columns: what the weighter reads of each sample, in its order."""
+        """
+        Args:
+            columns: what the weighter reads of each sample, in its order.
+            probes: of a step that is taught; None: the config's.
+        """
         self._job, self._recorder, self._task, self._cadence = job, recorder, task, cadence
         self._columns = columns
         self._steps, self._ahead = config.steps, config.ahead
         self._selector = Selector(
             job,
             keep=config.batch_size,
-            probes=config.probes,
+            probes=config.probes if probes is None else probes,
             min_effective_share=config.select_min_share,
             seed=config.seed,
         )

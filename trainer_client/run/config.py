@@ -93,7 +93,11 @@ class RunConfig:
     )
     role: str = setting("learn", "learn: it is taught by this run; frozen: it only scores", ROLES)
     candidates: int = setting(5, "selection: candidates a place in the batch", least=1)
-    probes: int = setting(4, "selection: samples of a batch that are drawn evenly, to measure the trust", least=0)
+    probes: int = setting(
+        4,
+        "selection: samples of a taught batch that are drawn evenly, for the trust; in a frozen job twice as many",
+        least=0,
+    )
     ahead: int = setting(2, "selection: steps that candidates are scored ahead of training", least=0)
     select_min_share: float = setting(0.1, "selection: least effective share of the candidates")
     reference: str = setting(
@@ -243,6 +247,10 @@ class RunConfig:
     def validation_samples(self, variant: Variant) -> int:
         """Behind a cotangent. A frozen job's only measure its trust, whose t is as large as they are free of noise."""
         return self.val_batch * (2 if variant.role == "frozen" else 1)
+
+    def probes_of(self, variant: Variant) -> int:
+        """Of a step that is taught; in a frozen job they are all that there is to its trust."""
+        return min(self.batch_size, self.probes * (2 if variant.role == "frozen" else 1))
 
     @property
     def main(self) -> Variant:

@@ -344,7 +344,8 @@ class _Run:
         if session is None or session.selecting is None:
             return AsDrawn(task.order)
         columns = self._job.start.columns if self._variant.from_export and self._job.start else COLUMNS
-        return Selected(session.selecting, open_record(), config, task, config.cadence(self._variant), columns)
+        cadence, probes = config.cadence(self._variant), config.probes_of(self._variant)
+        return Selected(session.selecting, open_record(), config, task, cadence, columns, probes)
 
     def _weigher(self, session: WeighterSession | None, model: torch.nn.Module, stack: ExitStack) -> Weigher:
         config, variant = self._config, self._variant
