@@ -90,7 +90,7 @@ def test_what_it_had_trained_with_is_replayed_without_the_export(continued, tmp_
 
 
 @pytest.mark.parametrize("inner", [False, True])
-def test_a_run_that_weighs_gives_the_columns_that_the_export_reads(data, finished, tmp_path, inner):
+def test_weights_inside_a_batch_are_by_the_columns_that_the_export_reads(data, finished, tmp_path, inner):
     """The inner weighter of `both` reads the trainer's statistics alone, the outer one those against the target too."""
     folder, out = finished / "weighter-export", tmp_path / "out"
     folder = folder / "inner" if inner else folder
@@ -105,7 +105,7 @@ def test_a_run_that_weighs_gives_the_columns_that_the_export_reads(data, finishe
     )
 
 
-def test_a_run_that_selects_gives_the_columns_that_the_export_reads(data, finished, tmp_path):
+def test_candidates_are_scored_by_the_columns_that_the_export_reads(data, finished, tmp_path):
     """Fewer, and in another order than those of a fresh weighter."""
     names = ("gain_mean", "loss_std", "ngram_log_ratio")
     folder = export_of(WeighterSpec(features=FeatureSpec(names=names), head=HeadSpec(width=8)), tmp_path / "export")
