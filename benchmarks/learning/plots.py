@@ -27,9 +27,8 @@ def plot_losses(results: Results, corpus: str, path: Path) -> None:
         steps = [point[0] for point in runs[0].curve]
         losses = np.mean([[point[2] for point in run.curve] for run in runs], axis=0)
         line = "-" if method.startswith(_OURS) else (0, (4, 2))
-        flops = np.mean([run.flops_a_step for run in runs])
         over_steps.plot(steps, losses, color=colour, linestyle=line, label=f"{method}  {losses[-1]:.2f}")
-        over_compute.plot(np.array(steps) * flops / spent, losses, color=colour, linestyle=line)
+        over_compute.plot(np.mean([run.spent_at for run in runs], axis=0) / spent, losses, color=colour, linestyle=line)
     over_steps.set_ylabel("test loss, nats a token")
     over_steps.set_xlabel("optimiser step")
     over_compute.set_xlabel("compute, everything included (a uniform run = 1)")

@@ -57,12 +57,12 @@ class Result:
 
     def loss_after(self, flops: float) -> float:
         """Test loss on the curve's samples once so much was spent; linear between evaluations, constant beyond."""
-        return loss_after(flops, self._spent, self.curve)
+        return loss_after(flops, self.spent_at, self.curve)
 
     def flops_to(self, loss: float) -> float:
         """What was spent when the curve first had this test loss; infinite where it never had."""
         before: tuple[float, float] | None = None
-        for spent, (_, _, at) in zip(self._spent, self.curve, strict=True):
+        for spent, (_, _, at) in zip(self.spent_at, self.curve, strict=True):
             if at <= loss:
                 if before is None:
                     return spent
@@ -72,7 +72,8 @@ class Result:
         return float("inf")
 
     @property
-    def _spent(self) -> list[float]:
+    def spent_at(self) -> list[float]:
+        """FLOPs at each point of the curve, everything included but the training of a reference."""
         return self.spent or [step * self.flops_a_step for step, _, _ in self.curve]
 
 

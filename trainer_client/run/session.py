@@ -47,7 +47,7 @@ def check_service(config: RunConfig, reference: RunReference | None, start: Star
     A service that is away is only a mistake with `on_failure="raise"`. An embedded one without a folder of its own is a
     fresh one.
     """
-    with connect(config.weighter, **config.credentials) as client:
+    with connect(config.weighter, **config.credentials, timeouts=_timeouts(config)) as client:
         try:
             for variant in config.variants:
                 for name, begun in weighter_names(variant, start):
@@ -194,7 +194,7 @@ def _timeouts(config: RunConfig) -> Timeouts | None:
     if not config.deadline:
         return None
     usual = Timeouts.embedded() if is_embedded(config.weighter) else Timeouts()
-    return replace(usual, score_s=config.deadline)
+    return replace(usual, score_s=config.deadline, admin_s=max(usual.admin_s, config.deadline))
 
 
 def _url(config: RunConfig, workspace: Workspace) -> str:
