@@ -62,7 +62,9 @@ def base(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 @pytest.fixture(scope="module")
 def full(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return Environment(
-        tmp_path_factory.mktemp("full"), wheel, extras=("torch", "server", "tokens", "huggingface", "lightning")
+        tmp_path_factory.mktemp("full"),
+        wheel,
+        extras=("torch", "server", "tokens", "report", "huggingface", "lightning"),
     )
 
 
@@ -180,7 +182,7 @@ def test_every_module_imports_and_comes_from_the_wheel(full: Environment, wheel:
     assert imported.stdout.split() == [str(site / name) for name in files]
 
 
-@pytest.mark.parametrize("module", ["weighting_service", "trainer_client.run"])
+@pytest.mark.parametrize("module", ["weighting_service", "trainer_client.run", "trainer_client.report"])
 def test_the_commands_start(full: Environment, module: str) -> None:
     helped = full.run("-m", module, "--help")
     assert helped.returncode == 0, helped.stderr
