@@ -152,6 +152,7 @@ def test_replicas_follow_a_weighter_that_started_from_an_export(replica: Make) -
     one.weights(3)
     files = one.files()
     one.DeleteWeighter(name="w")
+    wait_for(lambda: not two.ListWeighters().weighters, timeout_s=60)  # or it would compare with the one that is gone
     made = one.CreateWeighter(name="w", files=files)
     assert made.initial.startswith("export:")
     assert two.CreateWeighter(name="w", files=files, exist_ok=True).created_unix_ms == made.created_unix_ms
