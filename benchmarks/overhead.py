@@ -35,6 +35,7 @@ from weighting_contract.errors import Unavailable
 
 VOCABULARY, TOKENS, BATCH, CANDIDATES, AHEAD, PROBES = 1024, 64, 32, 5, 2, 4
 TAUGHT, VALIDATION, LEARNING_RATE = 12, 4, 2e-3
+NEW = 5  # one candidate in so many has not been scored before, as in the demo: its pool is passed five times
 BLOCK = 20  # steps: four of them are taught
 GOALS = {"frozen": 0.02, "learn": 0.08}
 PATIENT = Timeouts(score_s=60, meta_update_s=60, admin_s=60, close_s=60)
@@ -49,7 +50,7 @@ def main() -> int:
     print(describe())
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        service, port, _ = start_service(Path(folder) / "state", "--cached-samples", "0")  # every candidate is new
+        service, port, _ = start_service(Path(folder) / "state")
         try:
             url, limits = f"grpc://127.0.0.1:{port}", Limits(breaker_period_s=0.5, breaker_max_period_s=0.5)
             with connect(url, timeouts=PATIENT, limits=limits, on_failure="raise") as client:
@@ -167,17 +168,20 @@ class Selecting(Training):
             client, weighter=f"select-{role}", role=role, initial="pretaught", reference="pretaught", profile=documents
         )
         self.selector = Selector(self.job, keep=BATCH, probes=PROBES)
+        self.pool = samples(10**7, CANDIDATES * BATCH)
+        self.drawn: dict[int, torch.Tensor] = {}  # candidates of steps to come
         for step in range(AHEAD):
             self.submit(step)
 
     def train(self, tokens: torch.Tensor) -> None:
         self.submit(self.step + AHEAD)
         self.selection = self.selector.result(self.step)
-        candidates = samples(self.step, CANDIDATES * BATCH)
-        super().train(candidates[torch.from_numpy(self.selection.kept)])
+        super().train(self.drawn.pop(self.step)[torch.from_numpy(self.selection.kept)])
 
     def submit(self, step: int) -> None:
-        candidates = samples(step, CANDIDATES * BATCH).numpy().astype(np.uint16)
+        new = samples(step + (10**5 if self.learns else 2 * 10**5), CANDIDATES * BATCH // NEW)
+        self.drawn[step] = torch.cat([new, self.pool[len(new) :]])
+        candidates = self.drawn[step].numpy().astype(np.uint16)
         self.selector.submit(step, candidates, probes=PROBES if self.learns and CADENCE.due(step) else 0)
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
