@@ -4,7 +4,7 @@
 
 The service is a process of its own with one CPU thread. First one job, then eight at once send the same small batches
 of tokens, each waiting for its answer before the next. Then the same training with and without selection, in turns:
-frozen, so that nothing is taught, and with a look-ahead of two steps. The service keeps no samples: all are computed.
+frozen, so that nothing is taught, with a look-ahead of two steps, and a service that has seen the candidates before.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> int:
     given = parser.parse_args()
     print(describe())
     with tempfile.TemporaryDirectory() as folder:
-        service, grpc_port, _ = start_service(Path(folder) / "state", "--cached-samples", "0")
+        service, grpc_port, _ = start_service(Path(folder) / "state")
         try:
             url = f"grpc://127.0.0.1:{grpc_port}"
             together = measure_together(url)
@@ -82,9 +82,9 @@ def rate(jobs: list[Job]) -> float:
 
 
 def score(job: Job, calls: int) -> None:
-    own = np.random.default_rng([*job.job_id.encode()])  # equal samples of one pass would be computed once
-    tokens = own.integers(0, 1024, (SAMPLES, TOKENS)).astype(np.uint16)
+    own = np.random.default_rng([*job.job_id.encode(), time.time_ns()])
     for step in range(calls):
+        tokens = own.integers(0, 1024, (SAMPLES, TOKENS)).astype(np.uint16)  # new ones: what is known is not computed
         job.score(tokens=tokens, step=step)
 
 
