@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from weighting_contract.errors import InvalidArgument
+from weighting_contract.folder import read_files, sync, write_durably
 from weighting_contract.spec import WeighterSpec
 
 FORMAT = 1
@@ -104,17 +105,8 @@ def export_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
         InvalidArgument: one sentence about the first thing that is wrong, as of `check_export`.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InvalidArgument(f"there is no exported weighter at {folder}: expected a folder with {_EXPECTED}")
-    files = {}
-    for name in FILES:
-        try:
-            files[name] = (folder / name).read_bytes()
-        except FileNotFoundError:
-            continue  # named by the check
-        except OSError as exc:
-            raise InvalidArgument(f"{folder / name} can't be read: {exc.strerror or exc}") from exc
-    check_export(files, str(folder))
+    files = read_files(folder, FILES, f"there is no exported weighter at {folder}: expected a folder with {_EXPECTED}")
+    check_export(files, str(folder))  # names what is missing
     return files
 
 
@@ -133,12 +125,12 @@ def write_export(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as temporary:
         for name, content in files.items():
-            _write_durably(Path(temporary) / name, content)
+            write_durably(Path(temporary) / name, content)
         with contextlib.suppress(FileNotFoundError):
             (folder / CONFIG).unlink()
         for name in sorted(files, key=lambda name: name == CONFIG):
             os.replace(Path(temporary) / name, folder / name)
-    _sync_folder(folder)
+    sync(folder)
     return folder
 
 
@@ -163,18 +155,3 @@ def _config(content: bytes, where: str) -> dict[str, Any]:
 
 def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

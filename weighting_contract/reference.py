@@ -28,6 +28,7 @@ import numpy as np
 import safetensors.numpy
 
 from weighting_contract.errors import AlreadyExists, InvalidArgument
+from weighting_contract.folder import read_files, sync, write_durably
 from weighting_contract.spec import check_text
 
 FORMAT = 1
@@ -121,17 +122,8 @@ def reference_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
         InvalidArgument: one sentence about the first thing that is wrong, as of `check_reference`.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InvalidArgument(f"there is no reference at {folder}: expected a folder with {', '.join(FILES)}")
-    files = {}
-    for name in FILES:
-        try:
-            files[name] = (folder / name).read_bytes()
-        except FileNotFoundError:
-            continue  # named by the check
-        except OSError as exc:
-            raise InvalidArgument(f"{folder / name} can't be read: {exc.strerror or exc}") from exc
-    check_reference(files, str(folder))
+    files = read_files(folder, FILES, f"there is no reference at {folder}: expected a folder with {', '.join(FILES)}")
+    check_reference(files, str(folder))  # names what is missing
     return files
 
 
@@ -200,8 +192,8 @@ def write_reference(folder: str | os.PathLike[str], files: Mapping[str, bytes], 
         new = Path(temporary) / "new"
         new.mkdir()
         for name in FILES:
-            _write_durably(new / name, files[name])
-        _sync_folder(new)
+            write_durably(new / name, files[name])
+        sync(new)
         old = Path(temporary) / "old"
         if folder.exists():
             folder.rename(old)
@@ -211,7 +203,7 @@ def write_reference(folder: str | os.PathLike[str], files: Mapping[str, bytes], 
             if old.exists():
                 old.rename(folder)
             raise
-    _sync_folder(folder.parent)
+    sync(folder.parent)
     return folder
 
 
@@ -275,18 +267,3 @@ def _held_checksum(folder: Path) -> str | None:
         return check_reference(reference_files(folder), str(folder)).checksum
     except InvalidArgument:
         return None
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

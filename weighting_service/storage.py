@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from weighting_contract.errors import InvalidArgument
+from weighting_contract.folder import sync
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class LocalStorage(Storage):
             except BaseException:
                 temporary.unlink(missing_ok=True)  # a full disk needs the space
                 raise
-            sync_folder(path.parent)
+            sync(path.parent)
 
     def get(self, key: str) -> bytes:
         path = self._path(key)
@@ -164,8 +165,8 @@ class LocalStorage(Storage):
         with _naming(path):
             _make_durably(target.parent)
             path.rename(target)
-            sync_folder(target.parent)
-            sync_folder(path.parent)
+            sync(target.parent)
+            sync(path.parent)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -291,13 +292,4 @@ def _make_durably(folder: Path) -> None:
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
-        sync_folder(made.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """After it the names in a folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(made.parent)

@@ -13,9 +13,18 @@ import numpy as np
 
 from protos.weighting.v1 import weighting_pb2 as pb
 from protos.weighting.v1.weighting_pb2_grpc import WeightingServiceServicer, add_WeightingServiceServicer_to_server
+from trainer_client import Limits, Timeouts
 from weighting_contract.tensors import from_message, to_message
 
 Fault = Callable[[Any, grpc.ServicerContext], None]
+
+FEATURES = np.array([[1.0, 5.0], [3.0, 6.0]], np.float32)
+WEIGHTS = [0.5, 1.5]  # what the service makes of FEATURES
+COTANGENT = np.array([0.1, -0.1], np.float32)
+
+PATIENT = Timeouts(score_s=20, meta_update_s=20, admin_s=20, close_s=20)
+SHORT = Timeouts(score_s=0.3, meta_update_s=0.3, admin_s=20, close_s=0.3)
+NO_TRIALS = Limits(breaker_period_s=1000, breaker_max_period_s=1000, heartbeat_s=1000)
 
 
 def abort(code: grpc.StatusCode, message: str, **metadata: str) -> Fault:

@@ -10,19 +10,21 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from scripted_service import ScriptedServer, ScriptedService, abort
+from scripted_service import (
+    COTANGENT,
+    FEATURES,
+    NO_TRIALS,
+    PATIENT,
+    SHORT,
+    WEIGHTS,
+    ScriptedServer,
+    ScriptedService,
+    abort,
+)
 
 from tests.waiting import wait_for
-from trainer_client import Client, Job, Limits, Timeouts, connect
+from trainer_client import Client, Job, Timeouts, connect
 from weighting_contract.errors import FailedPrecondition, InvalidArgument, Unavailable
-
-FEATURES = np.array([[1.0, 5.0], [3.0, 6.0]], np.float32)
-WEIGHTS = [0.5, 1.5]  # what the scripted service makes of FEATURES
-COTANGENT = np.array([0.1, -0.1], np.float32)
-
-PATIENT = Timeouts(score_s=20, meta_update_s=20, admin_s=20, close_s=20)
-SHORT = Timeouts(score_s=0.3, meta_update_s=0.3, admin_s=20, close_s=0.3)
-NO_TRIALS = Limits(breaker_period_s=1000, breaker_max_period_s=1000, heartbeat_s=1000)
 
 
 @pytest.fixture

@@ -10,43 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save
+from small_weighters import CPU, FEATURES, SPECS, TOKENS, inputs_of
 
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.export import build_export, check_export, export_files, write_export
-from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, TokenSpec, WeighterSpec
+from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
 from weighting_service import pretaught
-from weighting_service.domain import Inputs, MetaUpdate
+from weighting_service.domain import MetaUpdate
 from weighting_service.weighter import Weighter, load_parameters, weighter_files
 
-CPU = torch.device("cpu")
-ENCODER = {
-    "model_type": "bert",
-    "vocab_size": 50,
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-}
-FEATURES = WeighterSpec(features=FeatureSpec(names=("a", "b", "c"), hidden_size=2), head=HeadSpec(width=8), seed=1)
-TOKENS = replace(FEATURES, tokens=TokenSpec(encoder_config=json.dumps(ENCODER), max_tokens=16))
-SPECS = {"features": FEATURES, "tokens": TOKENS}
 FILES = ["README.md", "config.json", "model.safetensors"]
-
-
-def inputs_of(spec: WeighterSpec, seed: int, samples: int = 10) -> Inputs:
-    rng = np.random.default_rng(seed)
-    tokens = lengths = None
-    if spec.tokens:
-        tokens, lengths = rng.integers(0, 50, (samples, 9)), rng.integers(1, 10, samples)
-    return Inputs(
-        rng.normal(size=(samples, 3)).astype(np.float32),
-        rng.normal(size=(samples, 2)).astype(np.float32),
-        tokens,
-        lengths,
-    )
 
 
 def taught(spec: WeighterSpec, updates: int) -> Weighter:

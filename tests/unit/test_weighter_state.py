@@ -10,44 +10,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
+from small_weighters import CPU, FEATURES, SPECS, TOKENS, inputs_of
 from torch import Tensor
 
 from weighting_contract.errors import InvalidArgument, Unavailable
-from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, TokenSpec, WeighterSpec
-from weighting_service.domain import Estimator, Inputs, MetaUpdate, Scores
+from weighting_contract.spec import HeadSpec, LearningSpec, WeighterSpec
+from weighting_service.domain import Estimator, MetaUpdate, Scores
 from weighting_service.weighter import (
     Published,
     Weighter,
     count_parameters,
 )
 from weighting_service.weighter.model import Samples
-
-CPU = torch.device("cpu")
-ENCODER = {
-    "model_type": "bert",
-    "vocab_size": 50,
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-}
-FEATURES = WeighterSpec(features=FeatureSpec(names=("a", "b", "c"), hidden_size=2), head=HeadSpec(width=8), seed=1)
-TOKENS = replace(FEATURES, tokens=TokenSpec(encoder_config=json.dumps(ENCODER), max_tokens=16))
-SPECS = {"features": FEATURES, "tokens": TOKENS}
-
-
-def inputs_of(spec: WeighterSpec, seed: int, samples: int = 10) -> Inputs:
-    rng = np.random.default_rng(seed)
-    tokens = lengths = None
-    if spec.tokens:
-        tokens, lengths = rng.integers(0, 50, (samples, 9)), rng.integers(1, 10, samples)
-    return Inputs(
-        rng.normal(size=(samples, 3)).astype(np.float32),
-        rng.normal(size=(samples, 2)).astype(np.float32),
-        tokens,
-        lengths,
-    )
 
 
 def update_of(spec: WeighterSpec, position: int) -> MetaUpdate:

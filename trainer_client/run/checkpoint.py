@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from trainer_client.ranks import Ranks
 from weighting_contract.errors import InvalidArgument
+from weighting_contract.folder import sync
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ def write(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict
     path = folder / f"checkpoint-{step:08d}.safetensors"
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary, metadata={"state": json.dumps({"step": step, **state})})
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
-    _sync(folder)
+    sync(folder)
     for old in _paths(folder)[:-_KEPT]:
         old.unlink()
     return path
@@ -188,11 +189,3 @@ def _as_parts(whole: torch.Tensor, like: Any) -> torch.Tensor:
 def _paths(folder: Path) -> list[Path]:
     """Checkpoints, oldest first."""
     return sorted(p for p in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(p.name))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

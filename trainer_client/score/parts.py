@@ -29,6 +29,7 @@ from trainer_client.score.blocks import Block
 from trainer_client.score.corpus import CorpusFile, FileState
 from trainer_client.score.weighing import BlockScores
 from weighting_contract.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from weighting_contract.folder import sync
 
 FORMAT = 1
 METADATA_KEY = b"weighbridge.score"
@@ -221,14 +222,9 @@ def _put(path: Path, write: Any) -> None:
     """Has `write` fill a file under another name, which then takes its place, whole and durable."""
     temporary = path.with_name(f".{path.name}.new")
     write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     os.replace(temporary, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _shown(value: Any) -> str:

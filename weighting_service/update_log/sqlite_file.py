@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from weighting_contract.errors import FailedPrecondition, ResourceExhausted, Unavailable, WeighbridgeError
-from weighting_service.storage import sync_folder
+from weighting_contract.folder import sync
 
 APPLICATION_ID = 0x57425247  # "WBRG", in the file's header: tells our files from other programs' databases
 
@@ -93,7 +93,7 @@ def open_file(path: Path) -> sqlite3.Connection:
         if version < SCHEMA_VERSION:
             _upgrade(db, version)
         if version == 0:
-            sync_folder(path.parent)  # the file's name must survive a power loss too
+            sync(path.parent)  # the file's name must survive a power loss too
     except BaseException:
         db.close()
         raise
