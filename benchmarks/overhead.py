@@ -32,6 +32,7 @@ from trainer_client.run.forward import sample_losses
 from trainer_client.run.models import build_model
 from trainer_client.select import Selector
 from weighting_contract.errors import Unavailable
+from weighting_contract.memory import keep_freed_memory
 
 VOCABULARY, TOKENS, BATCH, CANDIDATES, AHEAD, PROBES = 1024, 64, 32, 5, 2, 4
 TAUGHT, VALIDATION, LEARNING_RATE = 12, 4, 2e-3
@@ -48,6 +49,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=16)
     given = parser.parse_args()
     print(describe())
+    keep_freed_memory()  # as `run` does
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         service, port, _ = start_service(Path(folder) / "state")

@@ -8,10 +8,12 @@ import torch
 
 from trainer_client.run.config import RunConfig
 from weighting_contract.errors import InvalidArgument
+from weighting_contract.memory import keep_freed_memory
 
 
 def set_up_torch(config: RunConfig) -> torch.device:
     """The device of `config`, torch set to compute the same thing twice. Raises InvalidArgument for a wrong one."""
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     name = config.device
