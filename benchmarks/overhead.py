@@ -27,8 +27,9 @@ from trainer_client import Client, Job, Limits, Timeouts, connect
 from trainer_client.cadence import Cadence
 from trainer_client.features import FEATURE_NAMES, batch_features
 from trainer_client.hypergradient import cotangent
-from trainer_client.loss import causal_token_losses, per_sample_loss, weigh_gradient
-from trainer_client.run.forward import sample_losses
+from trainer_client.late_weights import late_weights
+from trainer_client.loss import per_sample_loss
+from trainer_client.run.forward import sample_losses, token_losses
 from trainer_client.run.models import build_model
 from trainer_client.select import Selector
 from weighting_contract.errors import Unavailable
@@ -109,18 +110,16 @@ class Training:
             self.step += 1
 
     def train(self, tokens: torch.Tensor) -> None:
-        logits = self.model(input_ids=tokens[:, :-1]).logits
-        losses, _ = causal_token_losses(logits, tokens)
-        self.weigh(tokens, logits, losses.detach())
-        del logits
+        losses = self.losses(tokens)
         self.optimizer.zero_grad(set_to_none=True)
         per_sample_loss(losses).mean().backward()
         self.teach(tokens, losses.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
-    def weigh(self, tokens: torch.Tensor, logits: torch.Tensor, losses: torch.Tensor) -> None:
-        pass
+    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, T] token losses, with a graph."""
+        return token_losses(self.model, tokens)
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         pass
@@ -149,10 +148,12 @@ class Weighting(Training):
         self.unigram_nll = torch.full((VOCABULARY,), float(np.log(VOCABULARY)))
         self.features = torch.zeros(0)
 
-    def weigh(self, tokens: torch.Tensor, logits: torch.Tensor, losses: torch.Tensor) -> None:
-        self.features = batch_features(losses, self.unigram_nll[tokens[:, 1:]])
+    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        with late_weights(self.model.lm_head, lambda: pending.result().weights):
+            losses = super().losses(tokens)
+        self.features = batch_features(losses.detach(), self.unigram_nll[tokens[:, 1:]])
         pending = self.job.score_soon(self.features, self.step)
-        weigh_gradient(logits, lambda: pending.result().weights)
+        return losses
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         if self.learns and CADENCE.due(self.step):

@@ -5,8 +5,6 @@ Needs torch, knows no service. Everything is reduced in float32 (float64 stays),
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -131,45 +129,6 @@ def weighted_loss(sample_losses: Tensor, weights: Tensor) -> Tensor:
         raise InvalidArgument(f"sample_losses have shape {list(sample_losses.shape)}, expected [B] with B of 1 or more")
     check_weights(weights, len(sample_losses))
     return (weights.to(sample_losses) * sample_losses).sum() / len(sample_losses)
-
-
-def weigh_gradient(logits: Tensor, weights: Callable[[], Tensor]) -> None:
-    """Has a backward pass multiply the gradient of each sample's logits by its weight, which is asked for only there.
-
-    A weight multiplies a whole sample's loss, so the backward pass through the loss itself doesn't need it: weights may
-    be on their way meanwhile. After
-
-        pending = job.score_soon(features, step)
-        weigh_gradient(logits, lambda: pending.result().weights)
-        per_sample_loss(losses, mask).mean().backward()  # the mean without weights
-
-    the parameters have the gradient of `weighted_loss(per_sample_loss(losses, mask), weights)`. Let go of the logits
-    before the backward pass, or their memory stays taken in it.
-
-    Args:
-        logits: [B, ...] with a graph behind them, a row a sample. All of the loss comes by them, and they are of what
-            the losses were reduced in (`logits.float()` of a bfloat16 model), or the products are rounded once more.
-        weights: gives [B] finite, 0 or more, on any device; called once for each backward pass. What it raises,
-            `backward` raises.
-
-    Raises:
-        InvalidArgument: logits that no gradient reaches; in the backward pass as of `weighted_loss`.
-    """
-    if not logits.requires_grad or not logits.ndim:
-        raise InvalidArgument(
-            f"logits of shape {list(logits.shape)} have no gradient by sample to weigh, expected [B, ...] as the model "
-            "returned them, with gradients on"
-        )
-
-    def weighed(gradient: Tensor) -> Tensor | None:
-        given = weights()
-        check_weights(given, len(gradient))
-        if bool((given == 1).all()):
-            return None  # as it is
-        factors = given.to(gradient.device).view(-1, *[1] * (gradient.ndim - 1))
-        return (gradient * factors).to(gradient.dtype)
-
-    logits.register_hook(weighed)  # type: ignore[no-untyped-call]
 
 
 def check_weights(weights: Tensor, samples: int) -> None:

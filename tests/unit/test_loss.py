@@ -12,7 +12,6 @@ from trainer_client.loss import (
     causal_token_losses,
     per_sample_loss,
     token_losses,
-    weigh_gradient,
     weighted_loss,
 )
 from weighting_contract.errors import InvalidArgument
@@ -167,98 +166,3 @@ def test_a_loss_that_is_reduced_already_is_an_error_that_says_what_to_do() -> No
 def test_wrong_weights_are_errors(losses: Tensor, weights: Tensor, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         weighted_loss(losses, weights)
-
-
-# ---- Weights that come late -----------------------------------------------------------------------------------------
-
-
-def backward(weights: Tensor, late: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The gradients of a small model's two parameters."""
-    generator = torch.Generator().manual_seed(1)
-    table, head = (torch.randn(V, 6, generator=generator).to(dtype).requires_grad_() for _ in range(2))
-    _, ids = draw()
-    logits = (table[ids[:, :-1]].tanh() @ head.T).float()
-    losses, mask = causal_token_losses(logits, ids, torch.tensor([T + 1, 3, 4]))
-    samples = per_sample_loss(losses, mask)
-    if late:
-        weigh_gradient(logits, lambda: weights)
-        samples.mean().backward()  # type: ignore[no-untyped-call]
-    else:
-        weighted_loss(samples, weights).backward()  # type: ignore[no-untyped-call]
-    assert table.grad is not None
-    assert head.grad is not None
-    return table.grad, head.grad
-
-
-@pytest.mark.parametrize("weights", [[0.3, 1.7, 1.0], [0.0, 0.0, 3.0], [1.0, 1.0, 1.0]])
-def test_late_weights_give_the_gradient_of_the_weighted_loss(weights: list[float]) -> None:
-    given = torch.tensor(weights)
-    for late, at_once in zip(backward(given, late=True), backward(given, late=False), strict=True):
-        assert late.abs().max() > 0.01
-        torch.testing.assert_close(late, at_once, rtol=1e-6, atol=1e-7)
-
-
-def test_late_weights_of_one_change_no_bit() -> None:
-    for late, at_once in zip(backward(torch.ones(B), True), backward(torch.ones(B), False), strict=True):
-        assert torch.equal(late, at_once)
-
-
-def test_late_weights_of_a_model_in_half_precision() -> None:
-    weights = torch.tensor([0.3, 1.7, 1.0])
-    pairs = zip(backward(weights, True, torch.bfloat16), backward(weights, False, torch.bfloat16), strict=True)
-    for late, at_once in pairs:
-        assert late.dtype == torch.bfloat16
-        torch.testing.assert_close(late, at_once, rtol=1e-2, atol=1e-4)
-
-
-def test_late_weights_are_asked_for_once_the_loss_is_left_behind() -> None:
-    order: list[str] = []
-    logits, ids = draw()
-    inner = (2 * logits.requires_grad_()).requires_grad_()
-    losses, _ = causal_token_losses(inner, ids)
-
-    def weights() -> Tensor:
-        order.append("weights")
-        return torch.ones(B)
-
-    losses.register_hook(lambda gradient: order.append("losses"))  # type: ignore[no-untyped-call]
-    weigh_gradient(inner, weights)
-    logits.register_hook(lambda gradient: order.append("behind"))  # type: ignore[no-untyped-call]
-    per_sample_loss(losses).mean().backward()  # type: ignore[no-untyped-call]
-    assert order == ["losses", "weights", "behind"]
-
-
-def test_what_late_weights_raise_comes_out_of_the_backward_pass() -> None:
-    class Away(Exception):
-        pass
-
-    def weights() -> Tensor:
-        raise Away("no answer")
-
-    logits, ids = draw()
-    losses, _ = causal_token_losses(logits.requires_grad_(), ids)
-    weigh_gradient(logits, weights)
-    with pytest.raises(Away, match="no answer"):
-        per_sample_loss(losses).mean().backward()  # type: ignore[no-untyped-call]
-    assert logits.grad is None
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        (torch.ones(B + 1), r"weights have shape \[4\], expected \[3\]"),
-        (torch.tensor([1.0, -1.0, 3.0]), r"weights\[1\] is -1.0"),
-        (torch.tensor([1.0, 1.0, math.nan]), r"weights\[2\] is nan"),
-    ],
-)
-def test_late_weights_that_are_none(weights: Tensor, message: str) -> None:
-    with pytest.raises(InvalidArgument, match=message):
-        backward(weights, late=True)
-
-
-def test_logits_without_a_gradient_can_not_be_weighed() -> None:
-    logits, _ = draw()
-    with pytest.raises(InvalidArgument, match="no gradient by sample"):
-        weigh_gradient(logits, lambda: torch.ones(B))
-    with pytest.raises(InvalidArgument, match="no gradient by sample"):
-        weigh_gradient(logits.requires_grad_().mean(), lambda: torch.ones(B))

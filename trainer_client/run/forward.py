@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from trainer_client.loss import causal_token_losses, per_sample_loss, wide
-
-
-def read(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits [B, T, V], token losses [B, T], nats) of each token but the first, float32; tokens [B, T+1], all real."""
-    logits = wide(model(tokens[:, :-1]).logits)
-    losses, _ = causal_token_losses(logits, tokens)
-    return logits, losses
+from trainer_client.loss import causal_token_losses, per_sample_loss
 
 
 def token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """The losses of `read` alone."""
-    return read(model, tokens)[1]
+    """[B, T] loss of each token but the first, nats, float32; tokens [B, T+1], all real."""
+    losses, _ = causal_token_losses(model(tokens[:, :-1]).logits, tokens)
+    return losses
 
 
 def sample_losses(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

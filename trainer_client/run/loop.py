@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trainer_client.loss import per_sample_loss, weigh_gradient, weighted_loss
+from trainer_client.late_weights import late_weights
+from trainer_client.loss import per_sample_loss, weighted_loss
 from trainer_client.ranks import Ranks, share
 from trainer_client.run import checkpoint
 from trainer_client.run.choose import Choice, Chooser
@@ -187,8 +188,11 @@ class Loop:
         with self.totals.timed("score_seconds"):
             choice = self._choice()
         tokens = self.task.tokens(choice.indices[self._mine(choice)], self.device)  # [b, T+1]
-        backward = self._backward_of_one if self.config.accumulate == 1 else self._backward_of_several
-        losses, samples, said = backward(choice, tokens)
+        head = self._replica.head if self.config.accumulate == 1 else None
+        if head is None:
+            losses, samples, said = self._backward_of_several(choice, tokens)
+        else:
+            losses, samples, said = self._backward_of_one(choice, tokens, head)
         towards = None
         if self.teacher is not None and self.teacher.teaches_at(self.step):
             with self.totals.timed("meta_seconds"):
@@ -260,23 +264,21 @@ class Loop:
         parts = self.config.accumulate
         return [rows[share(len(rows), parts, part)] for part in range(parts)]
 
-    def _backward_of_one(self, choice: Choice, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Weights]:
+    def _backward_of_one(
+        self, choice: Choice, tokens: torch.Tensor, head: torch.nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor, Weights]:
         """Fills the gradients with that of L = (1/B) sum_i w_i l_i over the whole batch.
 
         One forward pass serves weights and gradients. The weights are waited for in the backward pass, as late as they
-        are needed: on their way while it goes through the loss.
+        are needed: on their way while it goes through the loss and half of the output layer.
 
         Args:
             tokens: [b, T+1] of this rank's rows.
+            head: the model's output layer.
 
         Returns:
             Token losses of this rank's rows, [b, T] detached; mean losses of the whole batch, [B] on the CPU; weights.
         """
-        logits, losses = self._replica.read(tokens)
-        known = losses.detach()
-        samples = self._samples(known)
-        with self.totals.timed("score_seconds"):
-            answer = self._ask(choice, known)
         said: list[Weights] = []
 
         def weights() -> torch.Tensor:
@@ -284,8 +286,12 @@ class Loop:
                 said.append(answer())
             return torch.from_numpy(said[0].values[self._mine(choice)])
 
-        weigh_gradient(logits, weights)
-        del logits  # only the graph needs them now
+        with late_weights(head, weights):
+            losses = self._replica.losses(tokens)
+        known = losses.detach()
+        samples = self._samples(known)
+        with self.totals.timed("score_seconds"):
+            answer = self._ask(choice, known)
         self.optimizer.zero_grad(set_to_none=True)
         (per_sample_loss(losses).mean() * self._factor(tokens, choice)).backward()  # type: ignore[no-untyped-call]
         return known, samples, said[0]

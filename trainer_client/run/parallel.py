@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from trainer_client.flags import flag
 from trainer_client.ranks import Ranks
 from trainer_client.run.config import RunConfig
-from trainer_client.run.forward import read
+from trainer_client.run.forward import token_losses
 from trainer_client.run.methods.names import JUDGED
 from weighting_contract.errors import FailedPrecondition, InvalidArgument
 
@@ -143,13 +143,16 @@ class Replica:
 
     def losses(self, tokens: Tensor) -> Tensor:
         """[b, T] token losses of this rank's rows [b, T+1]; where gradients are on, a backward pass follows."""
-        return self.read(tokens)[1]
-
-    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with the logits [b, T, V] that they are of, in float32, before them."""
         model = self._ddp if self._ddp is not None and torch.is_grad_enabled() else self._model
         with autocast(self._config, self._device):
-            return read(model, tokens)
+            return token_losses(model, tokens)
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The model's output layer, if it is a plain one."""
+        find = getattr(self._model, "get_output_embeddings", None)
+        head = find() if find else None
+        return head if type(head) is nn.Linear else None
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward pass of each micro-batch: gradients are averaged over the ranks with the last."""
