@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,11 @@ def late_weights(head: nn.Module, weights: Callable[[], Tensor]) -> Iterator[Non
         InvalidArgument: another kind of layer; on leaving, where the layer was not called just once, with gradients
             on, for [B, ..., d]; in the backward pass as of `weighted_loss`.
     """
-    if type(head) is not nn.Linear:
-        raise InvalidArgument(f"head is a {type(head).__name__}, expected the model's output layer, a plain nn.Linear")
+    if not is_plain(head):
+        raise InvalidArgument(
+            f"head is a {type(head).__name__}{', whose forward is replaced' if 'forward' in vars(head) else ''}, "
+            "expected the model's output layer, a plain nn.Linear"
+        )
     calls: list[tuple[int, ...]] = []  # shapes of the inputs
 
     def forward(hidden: Tensor) -> Tensor:
@@ -54,20 +57,22 @@ def late_weights(head: nn.Module, weights: Callable[[], Tensor]) -> Iterator[Non
         logits: Tensor = _Head.apply(hidden, head.weight, head.bias, weights)  # type: ignore[no-untyped-call]
         return logits
 
-    own = head.__dict__.get("forward")  # that somebody else has put there
-    head.forward = forward
+    vars(head)["forward"] = forward
     try:
         yield
     finally:
-        del head.forward
-        if own is not None:
-            head.forward = own
+        del vars(head)["forward"]
     if len(calls) != 1 or len(calls[0]) < 2:
         raise InvalidArgument(
             f"within late_weights the output layer was called {len(calls)} times, with inputs of shape "
             f"{[list(shape) for shape in calls]} ([]: with gradients off), expected one forward pass of the model that "
             "calls it for [B, ..., d]: else no weight, or another sample's, would reach the gradient"
         )
+
+
+def is_plain(head: object) -> TypeGuard[nn.Linear]:
+    """Whether `late_weights` takes it."""
+    return type(head) is nn.Linear and "forward" not in vars(head)
 
 
 class _Head(torch.autograd.Function):
@@ -80,7 +85,7 @@ class _Head(torch.autograd.Function):
         return F.linear(hidden, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         slopes = upstream.flatten(0, -2)

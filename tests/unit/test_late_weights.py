@@ -176,6 +176,16 @@ def test_another_layer_is_refused() -> None:
         model.sample_losses()
 
 
+def test_a_layer_that_somebody_else_has_changed_is_refused() -> None:
+    model = Model()
+    vars(model.head)["forward"] = model.head.forward
+    with (
+        pytest.raises(InvalidArgument, match="whose forward is replaced"),
+        late_weights(model.head, lambda: torch.ones(B)),
+    ):
+        model.sample_losses()
+
+
 def test_second_derivatives_are_refused() -> None:
     model = Model()
     with late_weights(model.head, lambda: torch.ones(B)):

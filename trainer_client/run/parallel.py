@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer_client.flags import flag
+from trainer_client.late_weights import is_plain
 from trainer_client.ranks import Ranks
 from trainer_client.run.config import RunConfig
 from trainer_client.run.forward import token_losses
@@ -149,10 +150,10 @@ class Replica:
 
     @property
     def head(self) -> nn.Linear | None:
-        """The model's output layer, if it is a plain one."""
+        """The model's output layer, if it is one for `late_weights`."""
         find = getattr(self._model, "get_output_embeddings", None)
         head = find() if find else None
-        return head if type(head) is nn.Linear else None
+        return head if is_plain(head) else None
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward pass of each micro-batch: gradients are averaged over the ranks with the last."""
