@@ -98,7 +98,8 @@ class CallQueue(Generic[C]):
             if taken and not call.future.cancelled():
                 if call.key is not taken[0].key:
                     continue
-                if not self._fits(samples + call.samples, tokens + call.tokens, call):
+                first = queue not in {other.queue for other in taken}
+                if not self._fits(samples + call.samples, tokens + call.tokens, call, first):
                     self._held_back = True
                     continue
             self._drop_first(queue)
@@ -113,13 +114,17 @@ class CallQueue(Generic[C]):
             self._served = {queue: turn for queue, turn in self._served.items() if queue in self._queues}
         return taken
 
-    def _fits(self, samples: int, tokens: int, call: C) -> bool:
-        """Whether a pass may hold as many with `call`, which is not its first."""
+    def _fits(self, samples: int, tokens: int, call: C, first: bool) -> bool:
+        """Whether a pass may hold as many with `call`, which is not its first, but maybe its queue's first in it.
+
+        One small call of each queue, up to what the device takes at once, is packed however long that takes: one large
+        call takes as long, and apart from each other they would take longer still.
+        """
         limits = self._limits
         return (
             samples <= limits.samples_per_pass
             and tokens <= max(limits.tokens_per_pass, call.least_budget)
-            and samples + tokens <= self._budgets.get(call.key, math.inf)
+            and (samples + tokens <= self._budgets.get(call.key, math.inf) or (first and 0 < tokens <= call.least_budget))
         )
 
     def finished(self, calls: list[C], took_s: float) -> None:

@@ -151,6 +151,23 @@ def test_a_reference_takes_a_pack_whatever_the_budget() -> None:
     assert [len(waiting.take()) for _ in range(2)] == [3, 2]
 
 
+def test_small_calls_of_all_queues_are_packed_for_a_reference_however_long_it_takes() -> None:
+    slow = Key()
+    waiting: CallQueue[QueuedCall] = CallQueue(EngineLimits(pass_s=0.01))
+    taken = []
+    for _ in range(2):  # before and after the pass was timed
+        for queue in "aaabbcde":
+            waiting.add(call(queue, samples=1, tokens=10, least_budget=40, key=slow))
+        taken.append(waiting.take())
+        waiting.finished(taken[-1], 0.02 * len(taken[-1]))
+        waiting.refuse_all("next")
+    assert [len(each) for each in taken] == [8, 4], "nothing was measured yet; then four, as many as fit into a pack"
+    assert queues(taken[1]) == "cdeb", "one of each, beginning with who was served longest ago"
+    for queue in "aaa":
+        waiting.add(call(queue, samples=1, tokens=10, least_budget=40, key=slow))
+    assert len(waiting.take()) == 1, "several of one queue are not"
+
+
 def test_at_the_end_everybody_is_told() -> None:
     calls = [call(queue) for queue in "aab"]
     waiting = filled(UNTIMED, *calls)
