@@ -121,10 +121,11 @@ class CallQueue(Generic[C]):
         call takes as long, and apart from each other they would take longer still.
         """
         limits = self._limits
+        small = first and 0 < tokens <= call.least_budget
         return (
             samples <= limits.samples_per_pass
             and tokens <= max(limits.tokens_per_pass, call.least_budget)
-            and (samples + tokens <= self._budgets.get(call.key, math.inf) or (first and 0 < tokens <= call.least_budget))
+            and (small or samples + tokens <= self._budgets.get(call.key, math.inf))
         )
 
     def finished(self, calls: list[C], took_s: float) -> None:
