@@ -22,8 +22,8 @@ class Cadence:
         InvalidArgument: `every` below 1 or `first` below 0.
     """
 
-    every: int = 5
-    first: int = 96
+    every: int = 10
+    first: int = 150
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.first < 0:

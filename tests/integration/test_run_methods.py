@@ -17,6 +17,7 @@ from trainer_client.run import builtin_corpus
 from trainer_client.run.__main__ import main
 from trainer_client.run.compute import scoring_flops, training_flops
 from trainer_client.run.config import load
+from trainer_client.run.data import CandidateOrder
 from trainer_client.run.forward import sample_losses
 from trainer_client.run.methods.judge import Sharpness
 from trainer_client.run.methods.judges import lin_upper
@@ -187,9 +188,11 @@ def test_what_judges_take_is_counted(summaries: dict[str, dict[str, Any]], finis
     assert scoring["alignment"] == 2 * forward * drawn + validation
     assert scoring["alignment-weight"] == forward * batch + validation
     pool = json.loads((finished / "samples.json").read_text())["train"]["samples"]
+    order = CandidateOrder(range(pool), BATCH, CANDIDATES, seed=0)
+    different = len({int(i) for step in range(STEPS) for i in order.indices(step)})
     a_sample = scoring["rho-weight"] / min(batch, pool)  # the holdout model has read each one that was drawn, once
-    assert scoring["rho"] == a_sample * min(drawn, pool) + forward * drawn
-    assert scoring["difference"] == 2 * a_sample * min(drawn, pool)
+    assert scoring["rho"] == pytest.approx(a_sample * different + forward * drawn)
+    assert scoring["difference"] == pytest.approx(2 * a_sample * different)
     for label, run in summaries.items():
         reads = label in ("rho", "rho-weight", "difference")
         assert (run["compute"]["reference_flops"] > 0) == reads

@@ -30,7 +30,7 @@ from small_job import (
 
 from tests.conftest import Address
 from trainer_client.run.__main__ import main
-from trainer_client.run.data import BatchOrder
+from trainer_client.run.data import CandidateOrder
 from trainer_client.run.metrics import read_metrics
 from trainer_client.run.recorder import Record, read_records
 from trainer_client.run.tokenizer import train_tokenizer
@@ -91,10 +91,8 @@ def test_what_the_service_remembers_of_samples_changes_costs_alone(data, tmp_pat
             assert (x.position, x.probes, x.trust, x.taught) == (y.position, y.probes, y.trust, y.taught)
     computed = [sum(record.computed for record in records(folder)) for folder in (nothing, killed, everything)]
     pool = read(nothing / "samples.json")["train"]["samples"]
-    order = BatchOrder(range(pool), several * BATCH, seed=0)
-    drawn = sum(
-        len(set(order.indices(step))) for step in range(STEPS)
-    )  # a step may see the end of an epoch and the next
+    order = CandidateOrder(range(pool), BATCH, several, seed=0)
+    drawn = sum(len(set(order.indices(step))) for step in range(STEPS))  # a batch may hold a sample of two passes
     assert drawn == computed[0] > computed[1] > computed[2] == pool
     least, most = (read(folder / "summary.json") for folder in (everything, nothing))
     assert least["compute"]["scoring_flops"] == pytest.approx(most["compute"]["scoring_flops"] * pool / drawn)

@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from trainer_client.run.data import (
     BatchOrder,
+    CandidateOrder,
     Corpus,
     Document,
     load_corpus,
@@ -244,3 +245,41 @@ def test_documents_keep_their_tokens_with_the_rests(byte_tokenizer):
     samples = make_samples(documents, byte_tokenizer, 4)
     assert samples.document_tokens.tolist() == [10, 7]  # the second is too short for a sample
     assert samples.document_tokens[samples.document_index].tolist() == [10, 10, 7]
+
+
+@pytest.mark.parametrize("count", [20, 21, 1000])
+def test_candidates_are_the_batch_without_a_choice_and_others(count: int) -> None:
+    order, without = CandidateOrder(range(count), 4, candidates=5, seed=3), BatchOrder(range(count), 4, seed=3)
+    again = CandidateOrder(range(count), 4, candidates=5, seed=3)
+    assert order.batch_size == 20
+    others = []
+    for step in range(60):
+        indices = order.indices(step)
+        assert len(indices) == 20
+        assert indices[:4].tolist() == without.indices(step).tolist()
+        assert len(set(indices[4:].tolist()) - set(indices[:4].tolist())) == 16, "none of the others comes twice"
+        others += indices[4:].tolist()
+    assert order.indices(7).tolist() == again.indices(7).tolist()
+    other_seed = CandidateOrder(range(count), 4, candidates=5, seed=4)
+    assert order.indices(0).tolist() != other_seed.indices(0).tolist()
+    often = np.bincount(others, minlength=count)
+    assert often.min() >= (0 if count == 1000 else 30), "the others come from all samples alike"
+    assert often.max() <= (6 if count == 1000 else 60)
+
+
+def test_all_candidates_in_the_order_they_come_first() -> None:
+    order = CandidateOrder(range(50), 4, candidates=3, seed=0)
+    naive = list(dict.fromkeys(int(i) for step in range(3) for i in order.indices(step)))
+    assert order.drawn(3).tolist() == naive
+    assert sorted(order.drawn(1000).tolist()) == list(range(50))
+    assert order.drawn(0).tolist() == []
+
+
+def test_candidates_of_one_batch_are_the_batch() -> None:
+    order, without = CandidateOrder(range(9), 4, candidates=1, seed=3), BatchOrder(range(9), 4, seed=3)
+    assert [order.indices(step).tolist() for step in range(5)] == [without.indices(step).tolist() for step in range(5)]
+
+
+def test_fewer_samples_than_candidates_are_an_error() -> None:
+    with pytest.raises(InvalidArgument, match="there are 19 samples, fewer than the 5 x 4 candidates of a step"):
+        CandidateOrder(range(19), 4, candidates=5, seed=0)

@@ -63,8 +63,17 @@ def test_weight_zero_is_kept_only_where_nothing_else_is_left() -> None:
     np.testing.assert_allclose(np.delete(often, 4), np.full(5, 2 / 5), atol=0.05)
 
 
+def test_equal_weights_take_the_first_as_a_training_without_a_choice_does() -> None:
+    for weight in (1.0, 0.3):
+        kept, probes = choose(np.full(6, weight, np.float32), 4, 2, (1, 2))
+        assert kept.dtype == np.int64
+        assert kept.tolist() == [0, 1, 2, 3]
+        assert probes.tolist() == [True, True, False, False]
+    assert choose(np.array([1, 1, 1, 1, 1, 1.001]), 6, 0, (1, 2))[0].tolist() != list(range(6))
+
+
 def test_the_seed_decides() -> None:
-    weights = np.ones(100)
+    weights = np.linspace(0.5, 1.5, 100)
     first = choose(weights, 20, 4, (0, 5))[0].tolist()
     assert choose(weights, 20, 4, (0, 5))[0].tolist() == first
     assert choose(weights, 20, 4, (1, 5))[0].tolist() != first

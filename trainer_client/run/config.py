@@ -120,8 +120,8 @@ class RunConfig:
         ("resend", "continue", "stop"),
     )
     hypergradient: str = setting("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
-    meta_every: int = setting(5, "steps between meta-updates", least=1)
-    meta_first: int = setting(96, "selection: first steps, which have a meta-update each", least=0)
+    meta_every: int = setting(10, "steps between meta-updates", least=1)
+    meta_first: int = setting(150, "first steps, which have a meta-update each", least=0)
     meta_batch: int = setting(12, "samples of the batch that a meta-update carries")
     val_batch: int = setting(
         4, "validation samples behind a cotangent; a frozen weighter's job takes twice as many", least=1
@@ -242,7 +242,7 @@ class RunConfig:
 
     def cadence(self, variant: Variant) -> Cadence:
         """The steps in which the weighter of a variant is taught. Inside a batch it is not in a hurry."""
-        return Cadence(self.meta_every, self.meta_first if variant.selects else 0)
+        return Cadence(self.meta_every, self.meta_first)
 
     def validation_samples(self, variant: Variant) -> int:
         """Behind a cotangent. A frozen job's only measure its trust, whose t is as large as they are free of noise."""

@@ -275,6 +275,9 @@ def unigram_counts(samples: Samples, vocab_size: int) -> np.ndarray:  # [V] int6
 # ---- Order ----------------------------------------------------------------------------------------------------------
 
 
+_OTHERS = 1 << 32  # added to a seed: candidates beside the batch come in an order of their own
+
+
 class BatchOrder:
     """Which samples make up each step's batch: one endless stream of epochs, each a fresh permutation, cut in batches.
 
@@ -319,3 +322,57 @@ class BatchOrder:
         if self._cached[0] != epoch:
             self._cached = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count))
         return self._cached[1]
+
+
+class CandidateOrder:
+    """What each step chooses its batch from: the batch that it would have without a choice, then others.
+
+    So a choice that prefers nothing can take the first of them, and the run is that without a choice. The others come
+    from a stream of their own, and none of them is twice among a step's candidates. Stateless as a `BatchOrder`.
+
+    Raises:
+        InvalidArgument: fewer samples than candidates, or as of `BatchOrder`.
+    """
+
+    def __init__(self, samples: Sized, batch_size: int, candidates: int, seed: int) -> None:
+        """
+        Args:
+            candidates: M, batches' worth of samples a step.
+        """
+        self._first = BatchOrder(samples, batch_size, seed)
+        self.batch_size = candidates * batch_size  # of a step's candidates
+        self._others = BatchOrder(samples, self.batch_size - batch_size, seed + _OTHERS) if candidates > 1 else None
+        if self.batch_size > len(samples):
+            raise InvalidArgument(
+                f"there are {len(samples)} samples, fewer than the {candidates} x {batch_size} candidates of a step: "
+                "give more data, or lower --candidates or --batch-size"
+            )
+
+    def indices(self, step: int) -> np.ndarray:  # [M B] int64
+        """The candidates of `step` (0 or more), as indices of samples."""
+        first = self._first.indices(step)
+        return first if self._others is None else np.concatenate([first, self._beside(first, step)])
+
+    def drawn(self, steps: int) -> np.ndarray:  # [n] int64
+        """The different samples among the candidates of the first `steps` steps, in the order they come first."""
+        seen, found = np.zeros(self._first.count, np.bool_), [np.empty(0, np.int64)]
+        for step in range(steps):
+            indices = self.indices(step)
+            indices = indices[~seen[indices]]
+            seen[indices] = True
+            found.append(indices)
+            if seen.all():
+                break
+        return np.concatenate(found)
+
+    def _beside(self, first: np.ndarray, step: int) -> np.ndarray:
+        """The step's others; in place of those that it has already, some at random."""
+        assert self._others is not None
+        others = self._others.indices(step)
+        taken, random = set(first.tolist()), np.random.default_rng([self._others.seed, 0, step])
+        for place, index in enumerate(others.tolist()):
+            while index in taken:
+                index = int(random.integers(self._first.count))
+            taken.add(index)
+            others[place] = index
+        return others

@@ -19,7 +19,7 @@ import numpy as np
 
 from weighting_contract.errors import InvalidArgument
 
-_MAGIC = b"WBRECORD3\0\0\0"
+_MAGIC = b"WBRECORD4\0\0\0"
 _FAMILY = b"WBRECORD"
 
 

@@ -16,6 +16,7 @@ import torch
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import (
     BatchOrder,
+    CandidateOrder,
     Document,
     Progress,
     Samples,
@@ -45,7 +46,7 @@ class Task:
     val: Samples
     test: Samples
     order: BatchOrder  # which training samples make up each step's batch where it is taken as drawn
-    candidate_order: BatchOrder  # which ones a batch is chosen from elsewhere; of the same seed
+    candidate_order: BatchOrder | CandidateOrder  # which ones a batch is chosen from elsewhere; of the same seed
     unigram_nll: torch.Tensor  # [V] float32, -log p of each token in the training samples
     seed: int
     warnings: tuple[str, ...] = ()  # about the data, in sentences; they are in the summary, too
@@ -133,7 +134,11 @@ def build_task(config: RunConfig, progress: Progress | None = None, tokenizer: T
         val=val,
         test=test,
         order=order,
-        candidate_order=_candidate_order(config, train) if _draws_candidates(config) else order,
+        candidate_order=(
+            CandidateOrder(train, config.batch_size, config.candidates, config.seed)
+            if _draws_candidates(config)
+            else order
+        ),
         unigram_nll=unigram_nll_table(counts),
         seed=config.seed,
         val_checksum=_documents_checksum(corpus.validation, tokenizer) if config.profile else "",
@@ -187,13 +192,3 @@ def _documents_checksum(documents: Sequence[Document], tokenizer: Tokenizer) -> 
 
 def _draws_candidates(config: RunConfig) -> bool:
     return any(variant.draws_candidates for variant in config.variants)
-
-
-def _candidate_order(config: RunConfig, train: Samples) -> BatchOrder:
-    count = config.candidates * config.batch_size
-    if count > len(train):
-        raise InvalidArgument(
-            f"there are {len(train)} samples, fewer than the {config.candidates} x {config.batch_size} candidates of a "
-            "step: give more data, or lower --candidates or --batch-size"
-        )
-    return BatchOrder(train, count, config.seed)
