@@ -30,7 +30,7 @@ from trainer_client.run.report import RunSummary, reached_uniform
 
 SEEDS = (0, 1, 2)
 CLEAN_SEEDS = (0, 1)
-CLEAN_LOSS = 1.003  # where nothing is to be gained, in that of choosing evenly among the same candidates
+CLEAN_LOSS = 1.003  # where nothing is to be gained, in that of uniform
 CLEAN_TRUST = 0.1
 OTHERS = {"books": 0.45, "wiki": 0.55}  # share of uniform's steps in which a weighter taught elsewhere gets there
 
@@ -89,7 +89,7 @@ def jobs(corpora: dict[str, tuple[str, ...]], clean: tuple[str, ...], out: Path)
     found = [Job(f"builtin-{seed}", ("--seed", str(seed), *scratch, *compare, "select")) for seed in SEEDS]
     for seed in CLEAN_SEEDS:
         found.append(Job(f"clean-{seed}", (*clean, "--seed", str(seed), "--compare", "uniform")))
-        found.append(Job(f"clean-{seed}-even", (*clean, "--seed", str(seed), "--select-min-share", "1")))
+        found.append(Job(f"clean-{seed}-frozen", (*clean, "--seed", str(seed), "--role", "frozen")))
     lender = f"builtin-{SEEDS[0]}"
     for seed in SEEDS[1:] if corpora else ():  # one job after the other teaches the weighter that is lent
         name = f"builtin-taught-{seed}"
@@ -155,11 +155,12 @@ def measured(out: Path, corpora: dict[str, tuple[str, ...]]) -> Iterator[Figure]
         )
     for seed in CLEAN_SEEDS:
         runs = summaries(out / f"clean-{seed}")
-        (even,) = summaries(out / f"clean-{seed}-even").values()
-        ratio = runs["select"].test_loss / even.test_loss
-        yield Figure(f"clean, seed {seed}: loss, pretaught", ratio, CLEAN_LOSS, "of choosing evenly")
-        trust = runs["select"].trust
-        yield Figure(f"clean, seed {seed}: trust at the end", 1.0 if trust is None else trust, CLEAN_TRUST, "of 1")
+        (frozen,) = summaries(out / f"clean-{seed}-frozen").values()
+        for run, words in ((runs["select"], "pretaught"), (frozen, "frozen")):
+            ratio = run.test_loss / runs["uniform"].test_loss
+            yield Figure(f"clean, seed {seed}: loss, {words}", ratio, CLEAN_LOSS, "of uniform's")
+            trust = 1.0 if run.trust is None else run.trust
+            yield Figure(f"clean, seed {seed}: trust at the end, {words}", trust, CLEAN_TRUST, "of 1")
     for name in corpora:
         uniform = summaries(out / f"{name}-0")["uniform"]
         for kind, words in (("taught", "taught on the built-in corpus"), ("frozen", "the package's")):
