@@ -148,7 +148,7 @@ def test_the_first_step_s_weights_and_choice_follow_from_the_fresh_trainer(finis
     weights = Sharpness(0.5, 0.6).weights(logits(task.order.indices(0)), 0)
     np.testing.assert_allclose(records(finished, "loss-weight")[0].weights, weights, rtol=1e-3)
     over_candidates = Sharpness(0.5, config.select_min_share).weights(logits(task.candidate_order.indices(0)), 0)
-    kept, _ = choose(over_candidates, BATCH, 0, (config.seed, 0))
+    kept, _ = choose(over_candidates, BATCH, 0, (config.seed, 0), from_first=True)
     assert sorted(records(finished, "loss")[0].kept) == sorted(kept)
 
 

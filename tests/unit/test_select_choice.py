@@ -63,17 +63,41 @@ def test_weight_zero_is_kept_only_where_nothing_else_is_left() -> None:
     np.testing.assert_allclose(np.delete(often, 4), np.full(5, 2 / 5), atol=0.05)
 
 
-def test_equal_weights_take_the_first_as_a_training_without_a_choice_does() -> None:
-    for weight in (1.0, 0.3):
-        kept, probes = choose(np.full(6, weight, np.float32), 4, 2, (1, 2))
-        assert kept.dtype == np.int64
-        assert kept.tolist() == [0, 1, 2, 3]
-        assert probes.tolist() == [True, True, False, False]
-    assert choose(np.array([1, 1, 1, 1, 1, 1.001]), 6, 0, (1, 2))[0].tolist() != list(range(6))
+def from_first(weights: np.ndarray, keep: int, probes: int = 0, count: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    """[count, keep] kept and the first, of candidates in another order each time; as indices of the weights."""
+    kept, first = [], []
+    for step in range(count):
+        order = np.random.default_rng([11, step]).permutation(len(weights))
+        kept.append(order[choose(weights[order], keep, probes, (7, step), from_first=True)[0]])
+        first.append(order[:keep])
+    return np.stack(kept), np.stack(first)
+
+
+def test_from_the_first_candidates_draws_as_often() -> None:
+    kept, _ = from_first(WEIGHTS, keep=3)
+    often = np.bincount(kept.flatten(), minlength=6) / len(kept)
+    np.testing.assert_allclose(often, naive_inclusion(WEIGHTS.astype(np.float64), 3), atol=0.03)
+    pairs, expected = np.zeros((6, 6)), np.zeros((6, 6))
+    for found, target in ((kept, pairs), (draws(WEIGHTS, keep=3, probes=0), expected)):
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            np.add.at(target, (found[:, i], found[:, j]), 1 / len(found))
+    np.testing.assert_allclose(pairs, expected, atol=0.03)
+    probes = from_first(WEIGHTS, keep=4, probes=2)[0][:, :2]
+    np.testing.assert_allclose(np.bincount(probes.flatten(), minlength=6) / len(probes), np.full(6, 2 / 6), atol=0.03)
+
+
+def test_from_the_first_candidates_stays_with_them_as_far_as_nothing_is_preferred() -> None:
+    def shared(weights: np.ndarray) -> float:
+        kept, first = from_first(weights, keep=4, probes=2, count=500)
+        return float(np.mean([len(set(k) & set(f)) / 4 for k, f in zip(kept.tolist(), first.tolist(), strict=True)]))
+
+    assert shared(np.full(20, 0.3, np.float32)) == 1
+    assert shared(np.linspace(0.99, 1.01, 20)) > 0.95
+    assert shared(np.linspace(0.01, 2, 20) ** 12) < 0.7
 
 
 def test_the_seed_decides() -> None:
-    weights = np.linspace(0.5, 1.5, 100)
+    weights = np.ones(100)
     first = choose(weights, 20, 4, (0, 5))[0].tolist()
     assert choose(weights, 20, 4, (0, 5))[0].tolist() == first
     assert choose(weights, 20, 4, (1, 5))[0].tolist() != first

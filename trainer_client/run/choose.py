@@ -132,6 +132,7 @@ class Selected:
             probes=config.probes if probes is None else probes,
             min_effective_share=config.select_min_share,
             seed=config.seed,
+            from_first=True,
         )
         self._next = 0  # step to be submitted next
         self._taught = 0  # meta-updates handed over by this run

@@ -29,22 +29,27 @@ class Selection:
     computed_samples: int | None = None  # candidates that the reference computed for it; None: not known, or a fallback
 
 
-def choose(weights: np.ndarray, keep: int, probes: int, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def choose(
+    weights: np.ndarray, keep: int, probes: int, seed: Sequence[int], *, from_first: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Which of N candidates to keep, and which of these are probes.
 
-    Where all weights are equal, nothing is preferred, and it is the first candidates, which are the probes, too: a
-    training without a choice would take them, and see each sample once a pass of its loader, where even draws would see
-    some again before others (1.3 % of the loss, on a small pool).
-
-    Else `probes` are drawn evenly from all N. The other places go, without replacement and with probabilities in
+    First `probes` are drawn evenly from all N. The other places go, without replacement and with probabilities in
     proportion to the weights, to the rest: to the largest log w_i + g_i with g_i of the standard Gumbel distribution
     (Kool et al. 2019, arXiv 1903.06059). Candidates of weight 0 are kept only where there are no others left.
+
+    With `from_first` the largest g_i go to the first candidates, at random among them, and the probes are drawn from
+    these. Where candidates come in random order, that draws from the very same distribution; but equal weights keep the
+    first ones, and nearly equal ones most of them. So where these are the batch that a training without a choice would
+    have, one whose weighter has nothing to say passes over its data as that does, and sees no sample again before all
+    others (which cost 1.3 % of the loss on a small pool).
 
     Args:
         weights: [N] finite, 0 or more.
         keep: places, 1 to N.
         probes: of these, 0 to keep.
         seed: whole numbers from 0, such as a job's seed and the step; equal ones give equal choices.
+        from_first: candidates are in random order, and the first `keep` are the batch without a choice.
 
     Returns:
         (kept [keep] int64, probes [keep] bool): the probes first, then by decreasing log w_i + g_i.
@@ -59,11 +64,12 @@ def choose(weights: np.ndarray, keep: int, probes: int, seed: Sequence[int]) -> 
         raise InvalidArgument(f"keep is {keep}, expected from 1 to {len(weights)}, the number of candidates")
     if not 0 <= probes <= keep:
         raise InvalidArgument(f"probes is {probes}, expected from 0 to {keep}, the number of candidates that are kept")
-    if (weights == weights[0]).all():
-        return np.arange(keep), np.arange(keep) < probes
     generator = np.random.default_rng(list(seed))
-    drawn = generator.choice(len(weights), probes, replace=False)
+    drawn = generator.choice(keep if from_first else len(weights), probes, replace=False)
     noise = generator.gumbel(size=len(weights))
+    if from_first:
+        largest_first = np.sort(noise)[::-1]
+        noise = np.concatenate([generator.permutation(part) for part in np.split(largest_first, [keep])])
     with np.errstate(divide="ignore"):
         logs = np.log(weights.astype(np.float64))
     # Zeros come last, among themselves in the order of the noise.

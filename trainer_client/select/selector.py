@@ -51,7 +51,14 @@ class Selector:
     """
 
     def __init__(
-        self, job: Job, *, keep: int, probes: int = 4, min_effective_share: float = 0.1, seed: int = 0
+        self,
+        job: Job,
+        *,
+        keep: int,
+        probes: int = 4,
+        min_effective_share: float = 0.1,
+        seed: int = 0,
+        from_first: bool = False,
     ) -> None:
         """
         Args:
@@ -60,6 +67,7 @@ class Selector:
                 taught need them: see `submit`.
             min_effective_share: least effective sample size of the weights over the candidates / their number.
             seed: of the draws, together with the step: a resumed run with the same weights keeps the same samples.
+            from_first: candidates are in random order, and the first B are the batch without a choice (`choose`).
 
         Raises:
             InvalidArgument: numbers that can't be right.
@@ -70,6 +78,7 @@ class Selector:
             raise InvalidArgument(f"probes is {probes}, but a batch has {keep} samples; expected at most as many")
         self.keep = keep
         self._job, self._probes, self._min_effective_share, self._seed = job, probes, min_effective_share, seed
+        self._from_first = from_first
         self._changed = threading.Condition()
         self._work: deque[Callable[[], None]] = deque()
         self._asked: dict[int, _Asked] = {}  # by step, until its result is taken
@@ -215,7 +224,7 @@ class Selector:
 
     def _selected(self, step: int, batch: wire.Batch, count: int) -> Selection:
         scores = self._job.ask(batch, step, min_effective_share=self._min_effective_share, return_statistics=True)
-        kept, probes = choose(scores.weights, self.keep, count, (self._seed, step))
+        kept, probes = choose(scores.weights, self.keep, count, (self._seed, step), from_first=self._from_first)
         return Selection(
             step=step,
             kept=kept,

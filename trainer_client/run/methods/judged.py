@@ -90,7 +90,7 @@ class JudgedChooser:
         if self._sharpness.temperature == 0:
             kept = np.sort(np.argsort(-logits, kind="stable")[: self._keep])
         else:
-            kept, _ = choose(weights, self._keep, 0, (self._task.seed, step))
+            kept, _ = choose(weights, self._keep, 0, (self._task.seed, step), from_first=True)
         quarters = None if losses is None else loss_quarters(losses.float().cpu().numpy())[kept]
         record = _record(step, np.ones(self._keep, np.float32), kept, quarters)
         self._recorder.append(record)
