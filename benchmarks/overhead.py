@@ -24,7 +24,7 @@ import torch
 from benchmarks.machine import describe, goal
 from benchmarks.score import start_service
 from trainer_client import Client, Job, Limits, Timeouts, connect
-from trainer_client.cadence import Cadence
+from trainer_client.cadence import CADENCE_INSIDE, Cadence
 from trainer_client.features import FEATURE_NAMES, batch_features
 from trainer_client.hypergradient import cotangent
 from trainer_client.late_weights import late_weights
@@ -41,7 +41,7 @@ NEW = 5  # one candidate in so many has not been scored before, as in the demo: 
 BLOCK = 20  # steps: four of them are taught
 GOALS = {"frozen": 0.02, "learn": 0.08}
 PATIENT = Timeouts(score_s=60, meta_update_s=60, admin_s=60, close_s=60)
-CADENCE = Cadence(first=0)
+CADENCE = Cadence(first=0)  # the first steps are over
 
 
 def main() -> int:
@@ -156,7 +156,7 @@ class Weighting(Training):
         return losses
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
-        if self.learns and CADENCE.due(self.step):
+        if self.learns and CADENCE_INSIDE.due(self.step):
             self.job.meta_update(self.cotangent(tokens, losses), self.features[:TAUGHT], self.step)
 
 

@@ -34,3 +34,6 @@ class Cadence:
     def due(self, step: int) -> bool:
         """Whether optimiser step `step`, from 0, has a meta-update."""
         return step < self.first or step % self.every == 0
+
+
+CADENCE_INSIDE = Cadence(every=6, first=0)  # for weights inside a batch, which are in no hurry

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer_client.cadence import Cadence
+from trainer_client.cadence import CADENCE_INSIDE, Cadence
 from trainer_client.client import Client, connect
 from trainer_client.features import FEATURE_NAMES
 from trainer_client.group_job import GroupJob, group_job
@@ -67,7 +67,7 @@ class Weighting:
     weighter: str = "default"
     role: Literal["learn", "frozen"] = "learn"
     on_failure: OnFailure = "uniform"
-    cadence: Cadence = field(default_factory=Cadence)
+    cadence: Cadence = CADENCE_INSIDE
     meta_batch: int = 12
     validation_batch: int = 4
     counts: Tensor | None = None
