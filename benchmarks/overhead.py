@@ -38,7 +38,7 @@ from weighting_contract.memory import keep_freed_memory
 VOCABULARY, TOKENS, BATCH, CANDIDATES, AHEAD, PROBES = 1024, 64, 32, 5, 2, 4
 TAUGHT, VALIDATION, LEARNING_RATE = 12, 4, 2e-3
 NEW = 5  # one candidate in so many has not been scored before, as in the demo: its pool is passed five times
-BLOCK = 20  # steps: four of them are taught
+BLOCK = 30  # steps, a multiple of both cadences
 GOALS = {"frozen": 0.02, "learn": 0.08}
 PATIENT = Timeouts(score_s=60, meta_update_s=60, admin_s=60, close_s=60)
 CADENCE = Cadence(first=0)  # the first steps are over
@@ -106,8 +106,12 @@ class Training:
 
     def block(self) -> None:
         for _ in range(BLOCK):
-            self.train(samples(self.step, BATCH))
+            self.train(self.batch())
             self.step += 1
+
+    def batch(self) -> torch.Tensor:
+        """[B, T+1] token ids of the step."""
+        return samples(self.step, BATCH)
 
     def train(self, tokens: torch.Tensor) -> None:
         losses = self.losses(tokens)
@@ -146,18 +150,19 @@ class Weighting(Training):
         self.job = opened(client, weighter=f"weight-{role}", role=role, spec=spec)
         self.learns = role == "learn"
         self.unigram_nll = torch.full((VOCABULARY,), float(np.log(VOCABULARY)))
-        self.features = torch.zeros(0)
 
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
         with late_weights(self.model.lm_head, lambda: pending.result().weights):
             losses = super().losses(tokens)
-        self.features = batch_features(losses.detach(), self.unigram_nll[tokens[:, 1:]])
-        pending = self.job.score_soon(self.features, self.step)
+        pending = self.job.score_soon(lambda: self.features(tokens, losses), self.step)
         return losses
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         if self.learns and CADENCE_INSIDE.due(self.step):
-            self.job.meta_update(self.cotangent(tokens, losses), self.features[:TAUGHT], self.step)
+            self.job.meta_update(self.cotangent(tokens, losses), self.features(tokens, losses)[:TAUGHT], self.step)
+
+    def features(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        return batch_features(losses.detach(), self.unigram_nll[tokens[:, 1:]])
 
 
 class Selecting(Training):
@@ -176,10 +181,10 @@ class Selecting(Training):
         for step in range(AHEAD):
             self.submit(step)
 
-    def train(self, tokens: torch.Tensor) -> None:
+    def batch(self) -> torch.Tensor:
         self.submit(self.step + AHEAD)
         self.selection = self.selector.result(self.step)
-        super().train(self.drawn.pop(self.step)[torch.from_numpy(self.selection.kept)])
+        return self.drawn.pop(self.step)[torch.from_numpy(self.selection.kept)]
 
     def submit(self, step: int) -> None:
         new = samples(step + (10**5 if self.learns else 2 * 10**5), CANDIDATES * BATCH // NEW)

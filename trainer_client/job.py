@@ -156,27 +156,49 @@ class Job:
     ) -> Pending[Scores]:
         """`score` that returns at once; `result()` of what it returns waits for the answer, or what takes its place.
 
-        Calls go out one after the other, from a thread of the job; the inputs are read before this returns. Weights are
-        needed where the backward pass has left the loss: `trainer_client.loss.weigh_gradient` takes them there. A
-        meta-update waits for the calls before it, so that their weights never come from it.
+        Calls go out one after the other, from a thread of the job; the inputs are read before this returns. `features`
+        may also be a function that makes them: that thread calls it, so the caller needn't wait for statistics either.
+        Weights are needed where the backward pass is halfway through the output layer:
+        `trainer_client.late_weights.late_weights` takes them there. A meta-update waits for the calls before it, so
+        that their weights never come from it.
 
         Args, Returns, Raises: as of `score`; errors are raised here or by `result()`.
         """
-        batch = wire.Batch(features, hidden, tokens, lengths, texts)
-        otherwise = partial(self._fallback, batch, step)
 
-        def send() -> Future[Scores]:
-            request = self._request(batch, step, min_effective_share, return_statistics)
+        def made(features: Any) -> wire.Batch:
+            return wire.Batch(features, hidden, tokens, lengths, texts)
 
+        def requested(batch: wire.Batch) -> pb.ScoreRequest:
+            return self._request(batch, step, min_effective_share, return_statistics)
+
+        def answered(batch: wire.Batch, request: Callable[[], pb.ScoreRequest]) -> Scores:
             def score() -> Scores:
                 self._check_open()
-                scores = self._asking.send(batch, request, min_position)
+                scores = self._asking.send(batch, request(), min_position)
                 self._tally.add("scored")
                 return scores.like(batch)
 
-            return self._background.submit(lambda: self._guarded("score", "ahead_seconds", score, otherwise))
+            return self._guarded("score", "ahead_seconds", score, partial(self._fallback, batch, step))
 
-        future = self._guarded("score", "score_seconds", send, lambda exc: finished(partial(otherwise, exc)))
+        def from_function() -> Scores:
+            try:
+                batch = made(features())
+            except Exception as exc:
+                return self._fallback(made(None), step, unexpected("features", exc))
+            return answered(batch, partial(requested, batch))
+
+        def send() -> Future[Scores]:
+            if callable(features):
+                return self._background.submit(from_function)
+            batch = made(features)
+            request = requested(batch)
+            return self._background.submit(lambda: answered(batch, lambda: request))
+
+        def failed(exc: WeighbridgeError) -> Future[Scores]:
+            batch = made(None if callable(features) else features)
+            return finished(partial(self._fallback, batch, step, exc))
+
+        future = self._guarded("score", "score_seconds", send, failed)
         return Pending(future, lambda seconds: self._tally.add("score_seconds", seconds))
 
     def meta_update(

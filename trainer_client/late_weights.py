@@ -38,8 +38,8 @@ def late_weights(head: nn.Module, weights: Callable[[], Tensor]) -> Iterator[Non
     Args:
         head: the output layer, a plain nn.Linear; its weight may be tied. All of the loss comes by its outputs, and
             what follows it keeps samples apart (such as a cap on logits). Not inside of what torch.compile compiles.
-        weights: gives [B] finite, 0 or more, on any device; called once for each backward pass. What it raises,
-            `backward` raises.
+        weights: gives [B] (or [1] for all), finite, 0 or more, on any device; called once for each backward pass. What
+            it raises, `backward` raises.
 
     Raises:
         InvalidArgument: another kind of layer; on leaving, where the layer was not called just once, with gradients

@@ -119,7 +119,7 @@ def weighted_loss(sample_losses: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         sample_losses: [B] from `per_sample_loss`.
-        weights: [B] finite, 0 or more; on any device.
+        weights: [B] finite, 0 or more, or [1] for all samples; on any device.
 
     Raises:
         InvalidArgument: other shapes, or weights that are negative or not finite.
@@ -132,8 +132,8 @@ def weighted_loss(sample_losses: Tensor, weights: Tensor) -> Tensor:
 
 
 def check_weights(weights: Tensor, samples: int) -> None:
-    """InvalidArgument unless weights are [samples], finite and 0 or more."""
-    if weights.shape != (samples,):
+    """InvalidArgument unless weights are [samples], or [1] for all of them, finite and 0 or more."""
+    if weights.shape not in ((samples,), (1,)):
         raise InvalidArgument(
             f"weights have shape {list(weights.shape)}, expected [{samples}]: one for each of the sample_losses"
         )

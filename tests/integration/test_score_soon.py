@@ -24,7 +24,7 @@ from scripted_service import (
 
 from tests.waiting import wait_for
 from trainer_client import Client, Job, Timeouts, connect
-from weighting_contract.errors import FailedPrecondition, InvalidArgument, Unavailable
+from weighting_contract.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable
 
 
 @pytest.fixture
@@ -221,3 +221,53 @@ def test_closing_waits_no_longer_than_its_own_time(server: ScriptedServer) -> No
         assert time.monotonic() - started < 2
         server.service.released.set()
         pending.result()
+
+
+# ---- Features that a function makes ---------------------------------------------------------------------------------
+
+
+def test_a_function_makes_the_features_on_the_jobs_thread(server: ScriptedServer) -> None:
+    client, job = open_job(server.url)
+    called_on, may_go = [], threading.Event()
+
+    def features() -> np.ndarray:
+        called_on.append(threading.current_thread().name)
+        may_go.wait(30)
+        return FEATURES
+
+    with client, job:
+        pending = job.score_soon(features, 0, min_effective_share=0.3)
+        assert not pending.done
+        assert server.service.calls["Score"] == 0
+        may_go.set()
+        now = job.score(FEATURES, 0, min_effective_share=0.3)
+        assert pending.result().weights.tolist() == now.weights.tolist() == WEIGHTS
+        assert called_on == [f"weighbridge-score-{job.job_id}_0"]
+        assert job.counters.scored == 2
+    first, second = server.service.requests["Score"]
+    assert first == second
+
+
+def test_a_function_that_fails_is_a_fallback_for_whatever_batch(server: ScriptedServer) -> None:
+    client, job = open_job(server.url)
+    with client, job:
+        scores = job.score_soon(lambda: 1 / 0, 0).result()
+        assert (scores.weights.tolist(), scores.fallback) == ([1], True)
+        assert job.counters.fallbacks == {"INTERNAL": 1}
+        assert server.service.calls["Score"] == 0
+    client, job = open_job(server.url, on_failure="raise")
+    with client, job, pytest.raises(Internal, match="ZeroDivisionError"):
+        job.score_soon(lambda: 1 / 0, 0).result()
+
+
+def test_without_an_answer_a_function_still_tells_how_many_samples_there_are(server: ScriptedServer) -> None:
+    server.service.before["Score"] = server.service.hang
+    client, job = open_job(server.url, SHORT)
+    with client, job:
+        for step in range(3):
+            scores = job.score_soon(lambda: FEATURES, step).result()
+            assert (scores.weights.tolist(), scores.fallback) == ([1, 1], True)
+        assert job.counters.fallbacks == {"DEADLINE_EXCEEDED": 3}
+        assert server.service.calls["Score"] == 1
+        server.service.released.set()
+    assert job.score_soon(lambda: FEATURES, 4).result().weights.tolist() == [1, 1], "closed"

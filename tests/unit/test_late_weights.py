@@ -65,6 +65,15 @@ def test_the_gradient_is_that_of_the_weighted_loss(weights: list[float], shape: 
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
 
 
+def test_one_weight_counts_for_all_samples() -> None:
+    found, expected = (
+        late(Model(bias=True), lambda: torch.tensor([0.5])),
+        at_once(Model(bias=True), torch.full((B,), 0.5)),
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["parameters", "autocast"])
 def test_half_precision(autocast: bool) -> None:
     weights = torch.tensor([0.3, 1.7, 1.0])

@@ -153,7 +153,7 @@ def test_a_loss_that_is_reduced_already_is_an_error_that_says_what_to_do() -> No
         (torch.ones(2, 3), torch.ones(2, 3), r"sample_losses have shape \[2, 3\], expected \[B\]"),
         (torch.ones(0), torch.ones(0), r"sample_losses have shape \[0\]"),
         (torch.ones(3), torch.ones(2), r"weights have shape \[2\], expected \[3\]"),
-        (torch.ones(3), torch.ones(1), r"weights have shape \[1\], expected \[3\]"),
+        (torch.ones(3), torch.ones(3, 1), r"weights have shape \[3, 1\], expected \[3\]"),
         (
             torch.ones(3),
             torch.tensor([1.0, math.nan, 1.0]),
@@ -166,3 +166,9 @@ def test_a_loss_that_is_reduced_already_is_an_error_that_says_what_to_do() -> No
 def test_wrong_weights_are_errors(losses: Tensor, weights: Tensor, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         weighted_loss(losses, weights)
+
+
+def test_one_weight_counts_for_all_samples() -> None:
+    """As a fallback has it that can't even tell the size of the batch: training goes on."""
+    losses = torch.tensor([1.0, 2.0, 6.0])
+    assert weighted_loss(losses, torch.ones(1)).item() == weighted_loss(losses, torch.ones(3)).item() == 3

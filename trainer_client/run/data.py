@@ -275,6 +275,7 @@ def unigram_counts(samples: Samples, vocab_size: int) -> np.ndarray:  # [V] int6
 # ---- Order ----------------------------------------------------------------------------------------------------------
 
 
+_STEPS_CACHED = 16
 _OTHERS = 1 << 32  # added to a seed: candidates beside the batch come in an order of their own
 
 
@@ -347,11 +348,17 @@ class CandidateOrder:
                 f"there are {len(samples)} samples, fewer than the {candidates} x {batch_size} candidates of a step: "
                 "give more data, or lower --candidates or --batch-size"
             )
+        self._cached: dict[int, np.ndarray] = {}  # by step: one is asked about several times
 
     def indices(self, step: int) -> np.ndarray:  # [M B] int64
         """The candidates of `step` (0 or more), as indices of samples."""
-        first = self._first.indices(step)
-        return first if self._others is None else np.concatenate([first, self._beside(first, step)])
+        if step not in self._cached:
+            first = self._first.indices(step)
+            found = first if self._others is None else np.concatenate([first, self._beside(first, step)])
+            if len(self._cached) >= _STEPS_CACHED:
+                del self._cached[next(iter(self._cached))]
+            self._cached[step] = found
+        return self._cached[step].copy()
 
     def drawn(self, steps: int) -> np.ndarray:  # [n] int64
         """The different samples among the candidates of the first `steps` steps, in the order they come first."""

@@ -6,6 +6,7 @@ The record makes resuming exact. Knows nothing of models or optimisers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -123,7 +124,7 @@ class Learned:
     def ask(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> None:
         """Sends the features of a step that is not on record."""
         if self._recorder.get(step) is None:
-            features = self._features(losses, tokens)
+            features = partial(self._features, losses, tokens)  # made on the job's thread
             self._asked[step] = self._job.score_soon(features, step, min_effective_share=self._min_share)
 
     def weigh(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Weights:

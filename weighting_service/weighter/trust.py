@@ -14,7 +14,7 @@ import numpy as np
 
 MEMORY = 0.99  # of the moments, per probed update: the last hundred count
 LEAST_UPDATES = 8  # probed ones; before, nothing is held against the weighter
-DISTRUSTED_T, T_RANGE = 2.0, 2.0  # trust is 0 up to t = 2 and whole from t = 4 on
+DISTRUSTED_T, T_RANGE = 2.5, 1.5  # trust is 0 up to t = 2.5 and whole from t = 4 on
 LARGEST_T = 1e6  # in place of infinity, where every update agreed to the same degree
 
 
@@ -60,7 +60,7 @@ class TrustSignal:
 
     @property
     def factor(self) -> float:
-        """clip((t - 2) / 2, 0, 1); 1 before the eighth probed update."""
+        """clip((t - 2.5) / 1.5, 0, 1); 1 before the eighth probed update."""
         if self.updates < LEAST_UPDATES:
             return 1.0
         return min(max((self.t - DISTRUSTED_T) / T_RANGE, 0.0), 1.0)
