@@ -67,7 +67,8 @@ class Selector:
                 taught need them: see `submit`.
             min_effective_share: least effective sample size of the weights over the candidates / their number.
             seed: of the draws, together with the step: a resumed run with the same weights keeps the same samples.
-            from_first: candidates are in random order, and the first B are the batch without a choice (`choose`).
+            from_first: candidates are in random order, and the first B are the batch without a choice: choices stay near
+                it (`choose`) until the job's trust is whole.
 
         Raises:
             InvalidArgument: numbers that can't be right.
@@ -224,7 +225,8 @@ class Selector:
 
     def _selected(self, step: int, batch: wire.Batch, count: int) -> Selection:
         scores = self._job.ask(batch, step, min_effective_share=self._min_effective_share, return_statistics=True)
-        kept, probes = choose(scores.weights, self.keep, count, (self._seed, step), from_first=self._from_first)
+        near = self._from_first and scores.trust < 1
+        kept, probes = choose(scores.weights, self.keep, count, (self._seed, step), from_first=near)
         return Selection(
             step=step,
             kept=kept,
