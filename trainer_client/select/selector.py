@@ -67,8 +67,8 @@ class Selector:
                 taught need them: see `submit`.
             min_effective_share: least effective sample size of the weights over the candidates / their number.
             seed: of the draws, together with the step: a resumed run with the same weights keeps the same samples.
-            from_first: candidates are in random order, and the first B are the batch without a choice: choices stay near
-                it (`choose`) until the job's trust is whole.
+            from_first: candidates are in random order, and the first B are the batch without a choice: until the job's
+                trust is whole, choices stay near it (`choose`).
 
         Raises:
             InvalidArgument: numbers that can't be right.
