@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
@@ -145,14 +146,18 @@ def lend_weighter(out: Path, taught_by: str, name: str) -> None:
 
 
 def measured(out: Path, corpora: dict[str, tuple[str, ...]]) -> Iterator[Figure]:
-    for seed in SEEDS:
-        runs = summaries(out / f"builtin-{seed}")
-        scratch = runs["select-scratch"].test_loss
-        for other, name in (("weight-scratch", "DWM inside the batch"), ("dsir", "DSIR")):
-            yield Figure(f"built-in, seed {seed}: selection from scratch, {name} being", scratch, runs[other].test_loss)
+    builtin = {seed: summaries(out / f"builtin-{seed}") for seed in SEEDS}
+    for seed, runs in builtin.items():
+        scratch, inside = runs["select-scratch"].test_loss, runs["weight-scratch"].test_loss
+        yield Figure(f"built-in, seed {seed}: selection from scratch, DWM inside the batch being", scratch, inside)
         yield Figure(
             f"built-in, seed {seed}: pretaught, uniform being", runs["select"].test_loss, runs["uniform"].test_loss
         )
+    # A run differs from another that is as good by up to 0.03, more than the two differ in one seed.
+    for run, words in (("select-scratch", "selection from scratch"), ("select", "pretaught")):
+        ours, theirs = ([runs[name].test_loss for runs in builtin.values()] for name in (run, "dsir"))
+        listed = ", ".join(f"{x:.3f}/{y:.3f}" for x, y in zip(ours, theirs, strict=True))
+        yield Figure(f"built-in, mean of {listed}: {words}, DSIR being", fmean(ours), fmean(theirs))
     for seed in CLEAN_SEEDS:
         runs = summaries(out / f"clean-{seed}")
         (frozen,) = summaries(out / f"clean-{seed}-frozen").values()
