@@ -12,6 +12,7 @@ not reached.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -153,19 +154,18 @@ def measured(out: Path, corpora: dict[str, tuple[str, ...]]) -> Iterator[Figure]
         yield Figure(
             f"built-in, seed {seed}: pretaught, uniform being", runs["select"].test_loss, runs["uniform"].test_loss
         )
-    # A run differs from another that is as good by up to 0.03, more than the two differ in one seed.
-    for run, words in (("select-scratch", "selection from scratch"), ("select", "pretaught")):
-        ours, theirs = ([runs[name].test_loss for runs in builtin.values()] for name in (run, "dsir"))
-        listed = ", ".join(f"{x:.3f}/{y:.3f}" for x, y in zip(ours, theirs, strict=True))
-        yield Figure(f"built-in, mean of {listed}: {words}, DSIR being", fmean(ours), fmean(theirs))
-    for seed in CLEAN_SEEDS:
-        runs = summaries(out / f"clean-{seed}")
-        (frozen,) = summaries(out / f"clean-{seed}-frozen").values()
-        for run, words in ((runs["select"], "pretaught"), (frozen, "frozen")):
-            ratio = run.test_loss / runs["uniform"].test_loss
-            yield Figure(f"clean, seed {seed}: loss, {words}", ratio, CLEAN_LOSS, "of uniform's")
-            trust = 1.0 if run.trust is None else run.trust
-            yield Figure(f"clean, seed {seed}: trust at the end, {words}", trust, CLEAN_TRUST, "of 1")
+    # A run differs from another that is as good by up to 0.03, so seeds together say what is below what.
+    ours, theirs = ([runs[name].test_loss for runs in builtin.values()] for name in ("select-scratch", "dsir"))
+    listed = ", ".join(f"{x:.3f}/{y:.3f}" for x, y in zip(ours, theirs, strict=True))
+    yield Figure(f"built-in, mean of {listed}: selection from scratch, DSIR being", fmean(ours), fmean(theirs))
+    for name, words in (("clean-{}", "pretaught"), ("clean-{}-frozen", "frozen")):
+        folders = [out / name.format(seed) / "select" for seed in CLEAN_SEEDS]
+        uniform = [RunSummary.read(out / f"clean-{seed}/uniform/summary.json").test_loss for seed in CLEAN_SEEDS]
+        losses = [RunSummary.read(folder / "summary.json").test_loss for folder in folders]
+        listed = ", ".join(f"{x:.3f}/{y:.3f}" for x, y in zip(losses, uniform, strict=True))
+        yield Figure(f"clean, mean of {listed}: {words}", fmean(losses) / fmean(uniform), CLEAN_LOSS, "of uniform's")
+        trust = fmean(last_trust(folder) for folder in folders)
+        yield Figure(f"clean, trust in the last quarter: {words}", trust, CLEAN_TRUST, "of 1")
     for name in corpora:
         uniform = summaries(out / f"{name}-0")["uniform"]
         for kind, words in (("taught", "taught on the built-in corpus"), ("frozen", "the package's")):
@@ -173,6 +173,12 @@ def measured(out: Path, corpora: dict[str, tuple[str, ...]]) -> Iterator[Figure]
             steps = reached_uniform(run, uniform).steps
             share = steps / uniform.steps if steps is not None else float("inf")
             yield Figure(f"{name}: steps to uniform's end, frozen, {words}", share, OTHERS[name], "of uniform's")
+
+
+def last_trust(run: Path) -> float:
+    """Mean over the last quarter of a run's steps: that of a single step swings."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return fmean(json.loads(line)["trust"] for line in lines[-len(lines) // 4 :])
 
 
 def summaries(folder: Path) -> dict[str, RunSummary]:
