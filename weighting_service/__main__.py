@@ -9,6 +9,7 @@ import asyncio
 import sys
 
 from weighting_contract.errors import WeighbridgeError
+from weighting_contract.memory import keep_freed_memory
 from weighting_service import tokens
 from weighting_service.logs import configure_logging
 from weighting_service.settings import load_settings
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
             return migrate(given[1:])
         settings = load_settings(given)
         configure_logging(settings.log_level, settings.log_format)
+        keep_freed_memory()
         from weighting_service.app import serve_until_signal  # takes seconds, as torch does: --help need not wait
 
         asyncio.run(serve_until_signal(settings))
