@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer_client.cadence import CADENCE_INSIDE, Cadence
+from trainer_client.cadence import CADENCE_INSIDE, TAUGHT_FIRST, Cadence
 from trainer_client.flags import add_flags, check_fields, credential_arguments, flag, given_flags, setting
 from trainer_client.run.config_file import read_settings
 from trainer_client.run.methods.names import JUDGED
@@ -121,7 +121,12 @@ class RunConfig:
     )
     hypergradient: str = setting("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
     meta_every: int = setting(0, "steps between meta-updates (0: 10 for selection, 6 inside the batch)", least=0)
-    meta_first: int = setting(150, "selection: first steps, which have a meta-update each", least=0)
+    meta_first: int = setting(
+        -1,
+        "selection: first steps, which have a meta-update each (-1: 150 for a weighter from scratch, 48 for one that was "
+        "taught before)",
+        least=-1,
+    )
     meta_batch: int = setting(12, "samples of the batch that a meta-update carries")
     val_batch: int = setting(
         4, "validation samples behind a cotangent; a frozen weighter's job takes twice as many", least=1
@@ -244,7 +249,8 @@ class RunConfig:
         """The steps in which the weighter of a variant is taught. Inside a batch it is not in a hurry."""
         if not variant.selects:
             return Cadence(self.meta_every or CADENCE_INSIDE.every, CADENCE_INSIDE.first)
-        return Cadence(self.meta_every or Cadence.every, self.meta_first)
+        first = TAUGHT_FIRST if variant.pretaught or variant.from_export else Cadence.first
+        return Cadence(self.meta_every or Cadence.every, first if self.meta_first < 0 else self.meta_first)
 
     def validation_samples(self, variant: Variant) -> int:
         """Behind a cotangent. A frozen job's only measure its trust, whose t is as large as they are free of noise."""

@@ -340,14 +340,14 @@ class CandidateOrder:
         Args:
             candidates: M, batches' worth of samples a step.
         """
-        self._first = BatchOrder(samples, batch_size, seed)
         self.batch_size = candidates * batch_size  # of a step's candidates
-        self._others = BatchOrder(samples, self.batch_size - batch_size, seed + _OTHERS) if candidates > 1 else None
         if self.batch_size > len(samples):
             raise InvalidArgument(
                 f"there are {len(samples)} samples, fewer than the {candidates} x {batch_size} candidates of a step: "
                 "give more data, or lower --candidates or --batch-size"
             )
+        self._first = BatchOrder(samples, batch_size, seed)
+        self._others = BatchOrder(samples, self.batch_size - batch_size, seed + _OTHERS) if candidates > 1 else None
         self._cached: dict[int, np.ndarray] = {}  # by step: one is asked about several times
 
     def indices(self, step: int) -> np.ndarray:  # [M B] int64
