@@ -123,7 +123,7 @@ class RunConfig:
     meta_every: int = setting(0, "steps between meta-updates (0: 10 for selection, 6 inside the batch)", least=0)
     meta_first: int = setting(
         -1,
-        "selection: first steps, which have a meta-update each (-1: 150 for a fresh weighter, 48 for one that was taught)",
+        "selection: first steps, which have a meta-update each (-1: 150 for a fresh weighter, 48 for a taught one)",
         least=-1,
     )
     meta_batch: int = setting(12, "samples of the batch that a meta-update carries")
