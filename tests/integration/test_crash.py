@@ -57,7 +57,7 @@ def test_nor_does_it_with_redis(tmp_path: Path, name: str, twin: tuple[Trainer, 
 
 
 def test_nor_does_the_death_of_redis(tmp_path: Path, twin: tuple[Trainer, Remains], redis: RedisServer) -> None:
-    deaths = [Death("after_append", 60, redis_after_s=0.6), Death("before_append", 40, redis_after_s=0.6)]
+    deaths = [Death("after_append", 60, redis_after_s=0.1), Death("before_append", 40, redis_after_s=0.1)]
     outcome = soak(tmp_path, deaths, seed=SEED, updates=UPDATES, twin=twin, redis=redis)
     assert outcome.trainer.kills["redis-server"] == 2
     check(outcome)
