@@ -16,7 +16,7 @@ class Cadence:
 
     Args:
         every: steps between two meta-updates.
-        first: steps at the beginning that have one each; a weighter that was taught before wants fewer (TAUGHT_FIRST).
+        first: steps at the beginning that have one each; a weighter that goes on learning wants fewer (TAUGHT_FIRST).
 
     Raises:
         InvalidArgument: `every` below 1 or `first` below 0.
@@ -37,4 +37,6 @@ class Cadence:
 
 
 CADENCE_INSIDE = Cadence(every=6, first=0)  # for weights inside a batch, which are in no hurry
-TAUGHT_FIRST = 48  # `first` for a weighter that was taught before: more would only move it away from what it knows
+TAUGHT_FIRST = (
+    48  # `first` where a weighter that was taught before goes on learning: more would move it from what it knows
+)

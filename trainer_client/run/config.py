@@ -123,7 +123,7 @@ class RunConfig:
     meta_every: int = setting(0, "steps between meta-updates (0: 10 for selection, 6 inside the batch)", least=0)
     meta_first: int = setting(
         -1,
-        "selection: first steps, which have a meta-update each (-1: 150 for a fresh weighter, 48 for a taught one)",
+        "selection: first steps, which have a meta-update each (-1: 150, where a taught weighter goes on 48)",
         least=-1,
     )
     meta_batch: int = setting(12, "samples of the batch that a meta-update carries")
@@ -248,7 +248,8 @@ class RunConfig:
         """The steps in which the weighter of a variant is taught. Inside a batch it is not in a hurry."""
         if not variant.selects:
             return Cadence(self.meta_every or CADENCE_INSIDE.every, CADENCE_INSIDE.first)
-        first = TAUGHT_FIRST if variant.pretaught or variant.from_export else Cadence.first
+        goes_on = (variant.pretaught or variant.from_export) and variant.role != "frozen"
+        first = TAUGHT_FIRST if goes_on else Cadence.first  # a frozen job's many probes keep wrong trust short
         return Cadence(self.meta_every or Cadence.every, first if self.meta_first < 0 else self.meta_first)
 
     def validation_samples(self, variant: Variant) -> int:
