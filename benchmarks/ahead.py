@@ -1,6 +1,6 @@
 """Scoring ahead: what eight jobs get out of one service together, and what selection costs the training loop.
 
-    python -m benchmarks.ahead [--size nano] [--steps 60] [--rounds 4]
+    python -m benchmarks.ahead [--size micro] [--steps 60] [--rounds 4]
 
 The service is a process of its own with one CPU thread. First one job, then eight at once send the same small batches
 of tokens, each waiting for its answer before the next. Then the same training with and without selection, in turns:
@@ -31,7 +31,7 @@ PATIENT = Timeouts(score_s=60, meta_update_s=60, admin_s=60, close_s=60)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="nano", help="of the model that is trained")
+    parser.add_argument("--size", default="micro", help="of the model that is trained; the demo's is nano")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=4)
     given = parser.parse_args()
