@@ -156,14 +156,15 @@ def measured(out: Path, corpora: dict[str, tuple[str, ...]]) -> Iterator[Figure]
         )
     # A run differs from another that is as good by up to 0.03, so seeds together say what is below what.
     ours, theirs = ([runs[name].test_loss for runs in builtin.values()] for name in ("select-scratch", "dsir"))
-    listed = ", ".join(f"{x:.3f}/{y:.3f}" for x, y in zip(ours, theirs, strict=True))
-    yield Figure(f"built-in, mean of {listed}: selection from scratch, DSIR being", fmean(ours), fmean(theirs))
+    yield Figure(
+        f"built-in, mean of {pairs(ours, theirs)}: selection from scratch, DSIR being", fmean(ours), fmean(theirs)
+    )
     for name, words in (("clean-{}", "pretaught"), ("clean-{}-frozen", "frozen")):
         folders = [out / name.format(seed) / "select" for seed in CLEAN_SEEDS]
         uniform = [RunSummary.read(out / f"clean-{seed}/uniform/summary.json").test_loss for seed in CLEAN_SEEDS]
         losses = [RunSummary.read(folder / "summary.json").test_loss for folder in folders]
-        listed = ", ".join(f"{x:.3f}/{y:.3f}" for x, y in zip(losses, uniform, strict=True))
-        yield Figure(f"clean, mean of {listed}: {words}", fmean(losses) / fmean(uniform), CLEAN_LOSS, "of uniform's")
+        what = f"clean, mean of {pairs(losses, uniform)}: {words}"
+        yield Figure(what, fmean(losses) / fmean(uniform), CLEAN_LOSS, "of uniform's")
         trust = fmean(last_trust(folder) for folder in folders)
         yield Figure(f"clean, trust in the last quarter: {words}", trust, CLEAN_TRUST, "of 1")
     for name in corpora:
@@ -173,6 +174,11 @@ def measured(out: Path, corpora: dict[str, tuple[str, ...]]) -> Iterator[Figure]
             steps = reached_uniform(run, uniform).steps
             share = steps / uniform.steps if steps is not None else float("inf")
             yield Figure(f"{name}: steps to uniform's end, frozen, {words}", share, OTHERS[name], "of uniform's")
+
+
+def pairs(ours: list[float], theirs: list[float]) -> str:
+    """The losses seed by seed, for a line about their means."""
+    return ", ".join(f"{x:.3f}/{y:.3f}" for x, y in zip(ours, theirs, strict=True))
 
 
 def last_trust(run: Path) -> float:

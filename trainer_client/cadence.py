@@ -37,6 +37,4 @@ class Cadence:
 
 
 CADENCE_INSIDE = Cadence(every=6, first=0)  # for weights inside a batch, which are in no hurry
-TAUGHT_FIRST = (
-    48  # `first` where a weighter that was taught before goes on learning: more would move it from what it knows
-)
+TAUGHT_FIRST = 48  # `first` where a taught weighter goes on learning: more would move it from what it knows

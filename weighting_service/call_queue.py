@@ -89,6 +89,7 @@ class CallQueue(Generic[C]):
         """Calls for one pass: of one key, from the queues in turn, within the budget; no cancelled or expired ones."""
         self._refuse_expired()
         taken: list[C] = []
+        served: set[str] = set()  # queues with a call in the pass
         samples = tokens = 0
         self._held_back = False
         turns = deque(sorted(self._queues, key=lambda queue: self._served.get(queue, 0)))
@@ -98,8 +99,7 @@ class CallQueue(Generic[C]):
             if taken and not call.future.cancelled():
                 if call.key is not taken[0].key:
                     continue
-                first = queue not in {other.queue for other in taken}
-                if not self._fits(samples + call.samples, tokens + call.tokens, call, first):
+                if not self._fits(samples + call.samples, tokens + call.tokens, call, queue not in served):
                     self._held_back = True
                     continue
             self._drop_first(queue)
@@ -108,6 +108,7 @@ class CallQueue(Generic[C]):
             if call.future.set_running_or_notify_cancel():
                 self._served[queue] = next(self._turns)
                 taken.append(call)
+                served.add(queue)
                 samples += call.samples
                 tokens += call.tokens
         if len(self._served) > REMEMBERED_QUEUES:

@@ -1,4 +1,4 @@
-"""A small job of `python -m trainer_client.run`, its data and a finished run of it, for the tests of that command."""
+"""A scripted service, and a small job of `python -m trainer_client.run` with its data and a finished run of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripted_service import ScriptedServer, ScriptedService
 from small_job import write_data
 
 from trainer_client.run.__main__ import main
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """A service that does what a test says."""
+    server = ScriptedServer(ScriptedService())
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -31,13 +31,6 @@ from weighting_contract.errors import JOB_CLOSED, DeadlineExceeded, InvalidArgum
 QUICK_TRIALS = Limits(breaker_period_s=0.05, breaker_max_period_s=0.1, heartbeat_s=1000)
 
 
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    server = ScriptedServer(ScriptedService())
-    yield server
-    server.stop()
-
-
 @pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
     yield

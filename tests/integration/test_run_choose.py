@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from scripted_service import ScriptedServer, ScriptedService, abort
+from scripted_service import ScriptedServer, abort
 
 from trainer_client import Limits, Timeouts, connect
 from trainer_client.cadence import Cadence
@@ -28,13 +27,6 @@ PATIENT = Timeouts(score_s=20, meta_update_s=20, admin_s=20, close_s=20)
 SHORT = Timeouts(score_s=0.3, meta_update_s=0.3, admin_s=20, close_s=0.3)
 NO_TRIALS = Limits(breaker_period_s=1000, breaker_max_period_s=1000, heartbeat_s=1000)
 COTANGENT = np.array([0.1, -0.1], np.float32)
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    server = ScriptedServer(ScriptedService())
-    yield server
-    server.stop()
 
 
 def test_a_step_without_an_answer_teaches_nothing_when_it_is_trained_again_either(

@@ -18,20 +18,12 @@ from scripted_service import (
     SHORT,
     WEIGHTS,
     ScriptedServer,
-    ScriptedService,
     abort,
 )
 
 from tests.waiting import wait_for
 from trainer_client import Client, Job, Timeouts, connect
 from weighting_contract.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    server = ScriptedServer(ScriptedService())
-    yield server
-    server.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -30,13 +30,6 @@ QUICK_TRIALS = Limits(breaker_period_s=0.05, breaker_max_period_s=0.1, heartbeat
 COTANGENT = np.array([0.1, -0.1], np.float32)
 
 
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    server = ScriptedServer(ScriptedService())
-    yield server
-    server.stop()
-
-
 @pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
     yield
