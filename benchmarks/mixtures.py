@@ -5,7 +5,8 @@
 `look-alikes` holds what resembles the target and does not help: a few documents again and again, and damaged ones;
 `two-targets` is the built-in pool with held-out code beside held-out prose as its target;
 `pip` takes the sources of the package installer, which every Python installation has, and shares nothing with the
-built-in corpus: it is what the weighter in the package is taught on.
+built-in corpus: it is what the weighter in the package is taught on;
+`large` holds all books of that folder, whole chapters of them, in ten times as much text as the others: for a GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ REPEATED_DOCUMENTS = 8
 DAMAGED_PIECES = 1 / 3
 GAP = 20  # pieces between held-out code and the pool's, so that no module is in both
 PIP_SHARES = {"prose": 0.20, "code": 0.35, "tables": 0.20}
+LARGE_PASSAGES = 8  # consecutive ones make up a document
+LARGE_HELD_OUT = 24  # documents, for validation and again for test
+LARGE_BOOKS = 0.25  # of that pool, by characters; the rest: the other texts, code, and noise as everywhere
+LARGE_PACKAGES = ("torch", "transformers")  # whose sources are its code
 _PIP_TABLES = ("idnadata", "uts46data", "_unicode", "unistring", "emoji_codes", "_mapping", "cells")
 
 Documents = list[tuple[str, str]]  # (text, source)
@@ -69,6 +74,23 @@ def text_mixture(target: str, texts: Path) -> Mixture:
         **{name: [d.text for d in builtin if d.source == name] for name in ("code", "tables")},
     }
     return Mixture(_with_noise(_shares(sources, SHARES, POOL_CHARACTERS)), _all(validation), _all(test))
+
+
+def large_mixture(texts: Path) -> Mixture:
+    """All books, in a pool with wiki and web pages, code of installed packages, and noise."""
+    books = _joined(_passages(texts / "books.jsonl.gz"), LARGE_PASSAGES)
+    random.Random(0).shuffle(books)
+    validation, test, kept = (
+        books[:LARGE_HELD_OUT],
+        books[LARGE_HELD_OUT : 2 * LARGE_HELD_OUT],
+        books[2 * LARGE_HELD_OUT :],
+    )
+    pool = [(text, "books") for text in kept]
+    pool += [(text, name) for name in ("wiki", "web") for text in _passages(texts / f"{name}.jsonl.gz")]
+    size = int(_size(kept) / LARGE_BOOKS)
+    missing = int(size * (1 - NOISE_SHARE)) - _size([text for text, _ in pool])
+    pool += [(text, "code") for text in _first(_package_sources(), missing)]
+    return Mixture(_with_noise(pool, size), _all(validation), _all(test))
 
 
 def clean_mixture() -> Mixture:
@@ -154,6 +176,22 @@ def _pip_modules() -> list[Module]:
         elif module := read_module(root / name, name):
             modules.append(module)
     return modules
+
+
+def _package_sources() -> list[str]:
+    """Modules of `LARGE_PACKAGES`, in a mixed order."""
+    files = []
+    for package in LARGE_PACKAGES:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None  # the runs need both
+        assert spec.origin is not None
+        root = Path(spec.origin).parent
+        files += [Named(f"{package}/{path.relative_to(root)}", str(path)) for path in root.rglob("*.py")]
+    return [Path(path).read_text("utf-8", errors="replace") for _, path in builtin_corpus.in_mixed_order(files)]
+
+
+def _joined(texts: list[str], count: int) -> list[str]:
+    return ["\n".join(texts[start : start + count]) for start in range(0, len(texts), count)]
 
 
 def _is_table(name: str) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 from weighting_contract.errors import FailedPrecondition, InvalidArgument, Unavailable
 from weighting_contract.export import export_files
+from weighting_contract.spec import WeighterSpec
 from weighting_service import pretaught
 from weighting_service.domain import Inputs, Rollback, WeighterRecord
 from weighting_service.snapshots import Snapshot, SnapshotStore, parse, state_digest
@@ -27,6 +28,7 @@ from weighting_service.weighter import Weighter, load_parameters
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 CHAIN, ENVIRONMENT = "chain", "environment"  # what a snapshot's metadata says beside the weighter's state
 
 
@@ -64,7 +66,7 @@ class States:
     Args:
         update_log: vouches for states.
         snapshots: keep them.
-        device: where weighters live.
+        device: where weighters live that read tokens or hidden states; those that read columns alone live on the CPU.
         models_dir: holds the folders of pretrained encoders and tokenizers.
     """
 
@@ -89,10 +91,10 @@ class States:
             InvalidArgument: they don't fit the spec, or give no weights.
             Unavailable: the snapshot can't be written.
         """
-        weighter = Weighter(record.spec, device=self._device, models_dir=self._models_dir)
+        weighter = self._fresh(record)
         if files is not None:
             load_parameters(weighter, files)
-        hosted = Hosted(record, weighter, environment=environment(self._device))
+        hosted = Hosted(record, weighter, environment=environment(weighter.device))
         if not np.isfinite(_warm_up(weighter)).all():
             raise InvalidArgument("the export's parameters give weights that are not finite; export the weighter again")
         if record.spec.tokens and record.spec.tokens.tokenizer:
@@ -132,7 +134,7 @@ class States:
     def packaged(self) -> Weighter:
         """The weighter that comes with the package, as it was taught. Raises FailedPrecondition without one."""
         try:
-            return Weighter.from_pretrained(pretaught.weighter_folder(), self._device)
+            return Weighter.from_pretrained(pretaught.weighter_folder(), CPU)  # it reads columns alone
         except InvalidArgument as exc:
             raise _no_packaged(exc) from exc
 
@@ -162,7 +164,7 @@ class States:
         """Applies a rollback as the entry at `position`. Others may score meanwhile."""
         snapshot = parse(rollback.state, rollback.to_position)
         hosted.weighter.restore(position, snapshot.tensors, snapshot.metadata)
-        hosted.environment = self._environment_of(hosted.record, snapshot)
+        hosted.environment = self._environment_of(hosted.record, hosted.weighter, snapshot)
 
     # ---- Inside -----------------------------------------------------------------------------------------------------
 
@@ -172,14 +174,14 @@ class States:
                 f"no snapshot of weighter {record.name!r} can be read, and its log alone is not enough: it began with "
                 f"given parameters ({record.initial}); restore its snapshots from a back-up"
             )
-        weighter = Weighter(record.spec, device=self._device, models_dir=self._models_dir)
-        hosted = Hosted(record, weighter, environment=environment(self._device))
+        weighter = self._fresh(record)
+        hosted = Hosted(record, weighter, environment=environment(weighter.device))
         if snapshot is None:
             log.warning("weighter %r has no readable snapshot; replaying its log from the start", record.name)
         else:
             weighter.load_state(snapshot.tensors, snapshot.metadata)
             hosted.chain = str(snapshot.metadata.get(CHAIN, ""))
-            hosted.environment = self._environment_of(record, snapshot)
+            hosted.environment = self._environment_of(record, weighter, snapshot)
             hosted.snapshot_position = snapshot.position
         _warm_up(weighter)
         return hosted
@@ -191,9 +193,12 @@ class States:
         computed = str(snapshot.metadata.get(ENVIRONMENT, ""))
         return self._log.vouch(uid, snapshot.position, computed, snapshot.digest) == snapshot.digest
 
-    def _environment_of(self, record: WeighterRecord, snapshot: Snapshot) -> str:
+    def _fresh(self, record: WeighterRecord) -> Weighter:
+        return Weighter(record.spec, device=device_of(record.spec, self._device), models_dir=self._models_dir)
+
+    def _environment_of(self, record: WeighterRecord, weighter: Weighter, snapshot: Snapshot) -> str:
         """Of states that follow from a snapshot here: one of another environment leaves its mark on all of them."""
-        ours, theirs = environment(self._device), str(snapshot.metadata.get(ENVIRONMENT, ""))
+        ours, theirs = environment(weighter.device), str(snapshot.metadata.get(ENVIRONMENT, ""))
         if theirs in ("", ours) or snapshot.position == 0:  # nothing is computed in the state at 0
             return ours
         log.info(
@@ -206,6 +211,18 @@ class States:
         )
         origin = hashlib.sha256(f"{snapshot.position}:{theirs}".encode()).hexdigest()[:12]
         return f"{ours}, from {origin}"
+
+
+def device_of(spec: WeighterSpec, device: torch.device) -> torch.device:
+    """Where a weighter of this spec lives in a service with this device.
+
+    On the CPU where it reads columns alone. It is so small that starting a GPU's kernels would take longer than the CPU
+    takes to compute, and behind a reference's or a trainer's they would have to wait. And torch has one thread for all
+    backward passes on a GPU: in a trainer's own process, one that waits there for weights would keep the weighter from
+    learning what those weights wait for.
+    """
+    on_device = spec.tokens or (spec.features and spec.features.hidden_size)
+    return device if on_device else CPU
 
 
 def environment(device: torch.device) -> str:

@@ -10,7 +10,7 @@ from benchmarks import mixtures
 from benchmarks.mixtures import Mixture
 
 BUILTIN = "builtin"
-NEED_TEXTS = ("books", "wiki")
+NEED_TEXTS = ("books", "wiki", "large")
 _MADE: dict[str, Callable[[], Mixture]] = {
     "clean": mixtures.clean_mixture,
     "look-alikes": mixtures.look_alikes_mixture,
@@ -29,7 +29,8 @@ def data_flags(name: str, folder: Path, texts: Path | None) -> tuple[str, ...]:
     if name in NEED_TEXTS:
         if texts is None:
             raise SystemExit(f"corpus {name!r} needs --texts, a folder of books, wiki and web texts")
-        make: Callable[[], Mixture] = partial(mixtures.text_mixture, name, texts)
+        made = mixtures.large_mixture if name == "large" else partial(mixtures.text_mixture, name)
+        make: Callable[[], Mixture] = partial(made, texts)
     elif name in _MADE:
         make = _MADE[name]
     else:

@@ -29,14 +29,18 @@ NO_TRIALS = Limits(breaker_period_s=1000, breaker_max_period_s=1000, heartbeat_s
 COTANGENT = np.array([0.1, -0.1], np.float32)
 
 
+def small_task() -> Task:
+    """40 samples of 5 tokens, drawn by fours, and by eights where they are candidates."""
+    tokens = np.arange(1, 201).reshape(40, 5).astype(np.uint16)
+    samples = Samples(tokens, np.zeros(40, np.int64), ("pool",))
+    orders = [BatchOrder(samples, size, seed=1) for size in (4, 8)]
+    return Task(train_tokenizer(["some text"], 300), samples, samples, samples, *orders, torch.zeros(300), seed=1)
+
+
 def test_a_step_without_an_answer_teaches_nothing_when_it_is_trained_again_either(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
-    tokens = np.arange(1, 201).reshape(40, 5).astype(np.uint16)
-    samples = Samples(tokens, np.zeros(40, np.int64), ("pool",))
-    drawn = BatchOrder(samples, 8, seed=1)
-    tokenizer = train_tokenizer(["some text"], 300)
-    task = Task(tokenizer, samples, samples, samples, BatchOrder(samples, 4, seed=1), drawn, torch.zeros(300), seed=1)
+    task = small_task()
     config = RunConfig(steps=6, batch_size=4, candidates=2, probes=1, ahead=1, out=str(tmp_path))
 
     def fails_once(request: Any, context: grpc.ServicerContext) -> None:
@@ -52,6 +56,7 @@ def test_a_step_without_an_answer_teaches_nothing_when_it_is_trained_again_eithe
             chooser, steps = Selected(job, recorder, config, task, Cadence()), []
             for step in range(6):
                 choice = chooser.choose(step)
+                chooser.look_ahead(step)
                 nothing = torch.zeros(0)
                 taught = MetaBatch(
                     "", step, False, nothing, nothing, np.zeros(2, np.bool_), torch.from_numpy(COTANGENT)
@@ -65,6 +70,21 @@ def test_a_step_without_an_answer_teaches_nothing_when_it_is_trained_again_eithe
     assert [computed for _, _, computed, _ in runs[0]] == [8, 0, 8, 8, 8, 8]
     assert runs[0] == runs[1]
     assert server.service.calls["MetaUpdate"] == 5
+
+
+def test_later_steps_are_sent_for_when_the_step_asks_for_it(server: ScriptedServer, tmp_path: Path) -> None:
+    task, config = small_task(), RunConfig(steps=6, batch_size=4, candidates=2, probes=1, ahead=2, out=str(tmp_path))
+    with connect(server.url, timeouts=PATIENT) as client, client.open_job() as job:
+        with Recorder(tmp_path / "record", 4, 8) as recorder:
+            chooser = Selected(job, recorder, config, task, Cadence())
+            asked = []
+            for step in range(6):
+                chooser.choose(step)  # the first one has nothing on its way yet
+                asked.append(server.service.calls["Score"])
+                chooser.look_ahead(step)
+                chooser.flush(step + 1)
+                asked.append(server.service.calls["Score"])
+    assert asked == [1, 4, 4, 5, 5, 6, 6, 6, 6, 6, 6, 6]
 
 
 @pytest.mark.parametrize("fails", [True, False])

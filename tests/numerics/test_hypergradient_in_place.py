@@ -270,7 +270,7 @@ def test_what_autocast_has_cast_before_is_not_used_again(where: str) -> None:
             return plain_losses(model, ids)
 
     chosen: Callable[[Any, Any], Tensor] = plain_losses if where == "around the call" else losses
-    alone = cotangent(model, losses, batch, validation, learning_rate=2e-3, alpha=2e-3)
+    alone = cotangent(model, losses, batch, validation, learning_rate=2e-3, alpha=alpha_for(torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
         before = plain_losses(model, batch).detach()  # leaves its casts in autocast's cache
         got = cotangent(model, chosen, batch, validation, learning_rate=2e-3)
@@ -286,5 +286,5 @@ def test_alpha_follows_the_coarsest_precision_in_sight(model: SmallTransformer) 
     model.layers[0].bfloat16().requires_grad_(False)  # frozen, as below adapters
     assert compute_dtype(model) == torch.bfloat16
     chosen = {d: alpha_for(d) for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-    assert list(chosen.values()) == [1e-3, 1e-3, 1e-3, 2e-3]
-    assert alpha_for(torch.float8_e4m3fn) == 2e-3
+    assert list(chosen.values()) == [1e-3, 1e-3, 1e-3, 2.15e-3]
+    assert alpha_for(torch.float8_e4m3fn) == 2.15e-3

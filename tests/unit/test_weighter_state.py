@@ -14,8 +14,9 @@ from small_weighters import CPU, FEATURES, SPECS, TOKENS, inputs_of
 from torch import Tensor
 
 from weighting_contract.errors import InvalidArgument, Unavailable
-from weighting_contract.spec import HeadSpec, LearningSpec, WeighterSpec
+from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
 from weighting_service.domain import Estimator, MetaUpdate, Scores
+from weighting_service.states import device_of
 from weighting_service.weighter import (
     Published,
     Weighter,
@@ -76,6 +77,12 @@ def test_a_restored_weighter_goes_on_bit_for_bit(spec: WeighterSpec, taken_at: i
     assert_same_state(restored, uninterrupted)
     inputs = inputs_of(spec, 77)
     np.testing.assert_array_equal(restored.score([inputs])[0].weights, uninterrupted.score([inputs])[0].weights)
+
+
+def test_weighters_that_read_columns_alone_live_on_the_cpu() -> None:
+    columns = replace(FEATURES, features=FeatureSpec(names=("a", "b")))
+    gpu = torch.device("cuda")
+    assert [device_of(spec, gpu) for spec in (columns, FEATURES, TOKENS)] == [CPU, gpu, gpu]
 
 
 def test_state_tensors_are_copies() -> None:

@@ -79,7 +79,7 @@ def cotangent(
             -> tensor. None: identity. With FSDP2 a diagonal is sharded as the parameters are, such as the state of
             their optimiser, and a function sees this rank's shard.
         alpha: length of the perturbation relative to |theta|, for `finite_difference`. None: by the precision that the
-            call sees, 1e-3, or 2e-3 for bfloat16, be it the parameters' or that of autocast around the call or of
+            call sees, 1e-3, or 2.15e-3 for bfloat16, be it the parameters' or that of autocast around the call or of
             FSDP2's `MixedPrecisionPolicy`. An autocast inside of `sample_losses` is not seen from here: put one around
             the call too, or say alpha.
         base_losses: [B], `sample_losses` at the present parameters without dropout, for the one-sided

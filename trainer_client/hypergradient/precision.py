@@ -12,9 +12,9 @@ from torch import nn
 from trainer_client.hypergradient.shards import sharded_modules
 
 # Coarsest first; for one-sided and for two-sided differences, and float16 does best with float32's. A longer one for
-# bfloat16 is better late in training and worse early in it, above all one-sided: at its worst, the rank correlation
-# with `exact` was 0.91 with 3e-3 and 0.965 with 2e-3.
-ALPHAS: dict[torch.dtype, float] = {torch.bfloat16: 2e-3, torch.float32: 1e-3}
+# bfloat16 is better late in training and worse early in it, above all one-sided: of six seeds, the worst rank
+# correlation with `exact` was 0.948 with 2e-3, 0.957 with 2.15e-3 and 0.940 with 2.4e-3.
+ALPHAS: dict[torch.dtype, float] = {torch.bfloat16: 2.15e-3, torch.float32: 1e-3}
 
 
 def alpha_for(dtype: torch.dtype) -> float:

@@ -25,7 +25,7 @@ from trainer_client.late_weights import late_weights
 from trainer_client.loss import per_sample_loss, weighted_loss
 from trainer_client.ranks import Ranks, share
 from trainer_client.run import checkpoint
-from trainer_client.run.choose import Choice, Chooser
+from trainer_client.run.choose import Choice, Chooser, LooksAhead
 from trainer_client.run.config import RunConfig
 from trainer_client.run.evaluate import fixed_subset, mean_loss
 from trainer_client.run.metrics import Metrics, Sink
@@ -235,7 +235,10 @@ class Loop:
         return self.ranks.my_rows(len(choice.indices))
 
     def _ask(self, choice: Choice, losses: torch.Tensor | None) -> Callable[[], Weights]:
-        """Asks for the weights of the whole batch; what it returns gives them as the first rank's weigher has them.
+        """Asks for the weights of the whole batch, and for what later steps need; what it returns gives the weights as
+        the first rank's weigher has them.
+
+        Called right before the backward pass, which leaves Python to the threads that answer.
 
         losses: [b, T] of this rank's rows; None where they are not read.
         """
@@ -246,6 +249,8 @@ class Loop:
             return tokens.new_zeros((len(tokens), 0), dtype=torch.float32) if whole is None else whole, tokens
 
         def ask() -> None:
+            if isinstance(self.chooser, LooksAhead):
+                self.chooser.look_ahead(self.step)
             if isinstance(self.weigher, Asks):
                 self.weigher.ask(self.step, *read())
 
@@ -289,12 +294,13 @@ class Loop:
         with late_weights(head, weights):
             losses = self._replica.losses(tokens)
         known = losses.detach()
-        samples = self._samples(known)
+        # Looked at before the backward pass only where it has to wait for them anyway: a GPU goes on meanwhile.
+        samples = self._samples(known) if self._reads_losses else None
         with self.totals.timed("score_seconds"):
             answer = self._ask(choice, known)
         self.optimizer.zero_grad(set_to_none=True)
         (per_sample_loss(losses).mean() * self._factor(tokens, choice)).backward()  # type: ignore[no-untyped-call]
-        return known, samples, said[0]
+        return known, self._samples(known) if samples is None else samples, said[0]
 
     def _backward_of_several(self, choice: Choice, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Weights]:
         """The same of several micro-batches: weights that depend on losses need those of all before the first one."""

@@ -364,7 +364,6 @@ class _Run:
             session.weighing,
             open_record(),
             self._task,
-            self._job.device,
             columns=FEATURE_NAMES if variant.selects else columns_of(variant, self._job.start),
             taught_before=variant.weighter_from != "none" and not variant.selects,
             inner=variant.selects,

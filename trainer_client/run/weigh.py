@@ -91,7 +91,8 @@ class Learned:
     """Asks the job's weighter, records the answer, then hands it out; a recorded step is not asked about again.
 
     The weighter reads statistics of the trainer's own losses. One that was taught before may read those against the
-    target, too: for them the trainer counts the n-grams of its validation and training samples.
+    target, too: for them the trainer counts the n-grams of its validation and training samples. They are made on the
+    CPU: on a GPU they would wait for the backward pass, which waits for the weights.
     """
 
     reads_losses = True
@@ -101,7 +102,6 @@ class Learned:
         job: Job,
         recorder: Recorder,
         task: Task,
-        device: torch.device,
         *,
         columns: tuple[str, ...] = FEATURE_NAMES,
         taught_before: bool = False,
@@ -114,9 +114,9 @@ class Learned:
             inner: it weighs what another weighter has selected; its metrics are called `inner_...` then.
         """
         self._job, self._recorder = job, recorder
-        self._unigram_nll = task.unigram_nll.to(device)
+        self._unigram_nll = task.unigram_nll
         self._names = columns
-        self._table = task.target_table(task.profile_tokens).to(device) if needs_profile(columns) else None
+        self._table = task.target_table(task.profile_tokens) if needs_profile(columns) else None
         self._min_share = LEAST_SHARE if taught_before else None
         self._prefix = "inner_" if inner else ""
         self._asked: dict[int, Pending[Scores]] = {}  # by step, until it is weighed
@@ -124,7 +124,7 @@ class Learned:
     def ask(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> None:
         """Sends the features of a step that is not on record."""
         if self._recorder.get(step) is None:
-            features = partial(self._features, losses, tokens)  # made on the job's thread
+            features = partial(self._features, losses.cpu(), tokens.cpu())  # made on the job's thread
             self._asked[step] = self._job.score_soon(features, step, min_effective_share=self._min_share)
 
     def weigh(self, step: int, losses: torch.Tensor, tokens: torch.Tensor) -> Weights:
@@ -138,7 +138,7 @@ class Learned:
         record = None if batch.in_pause else self._recorder.get(batch.step)
         self._job.meta_update(
             batch.cotangent,
-            self._features(batch.losses, batch.tokens),
+            self._features(batch.losses.cpu(), batch.tokens.cpu()),
             batch.step,
             scored_position=None if record is None else record.position,
             update_id=batch.update_id,
