@@ -29,10 +29,11 @@ NO_TRIALS = Limits(breaker_period_s=1000, breaker_max_period_s=1000, heartbeat_s
 COTANGENT = np.array([0.1, -0.1], np.float32)
 
 
-def small_task() -> Task:
-    """40 samples of 5 tokens, drawn by fours, and by eights where they are candidates."""
-    tokens = np.arange(1, 201).reshape(40, 5).astype(np.uint16)
-    samples = Samples(tokens, np.zeros(40, np.int64), ("pool",))
+def small_task(tokens: np.ndarray | None = None) -> Task:
+    """Samples (by default 40, of 5 tokens), drawn by fours, and by eights where they are candidates."""
+    if tokens is None:
+        tokens = np.arange(1, 201).reshape(40, 5).astype(np.uint16)
+    samples = Samples(tokens, np.zeros(len(tokens), np.int64), ("pool",))
     orders = [BatchOrder(samples, size, seed=1) for size in (4, 8)]
     return Task(train_tokenizer(["some text"], 300), samples, samples, samples, *orders, torch.zeros(300), seed=1)
 
@@ -74,17 +75,44 @@ def test_a_step_without_an_answer_teaches_nothing_when_it_is_trained_again_eithe
 
 def test_later_steps_are_sent_for_when_the_step_asks_for_it(server: ScriptedServer, tmp_path: Path) -> None:
     task, config = small_task(), RunConfig(steps=6, batch_size=4, candidates=2, probes=1, ahead=2, out=str(tmp_path))
-    with connect(server.url, timeouts=PATIENT) as client, client.open_job() as job:
-        with Recorder(tmp_path / "record", 4, 8) as recorder:
-            chooser = Selected(job, recorder, config, task, Cadence())
-            asked = []
-            for step in range(6):
-                chooser.choose(step)  # the first one has nothing on its way yet
-                asked.append(server.service.calls["Score"])
-                chooser.look_ahead(step)
-                chooser.flush(step + 1)
-                asked.append(server.service.calls["Score"])
+    with (
+        connect(server.url, timeouts=PATIENT) as client,
+        client.open_job() as job,
+        Recorder(tmp_path / "record", 4, 8) as recorder,
+    ):
+        chooser = Selected(job, recorder, config, task, Cadence())
+        asked = []
+        for step in range(6):
+            chooser.choose(step)  # the first one has nothing on its way yet
+            asked.append(server.service.calls["Score"])
+            chooser.look_ahead(step)
+            chooser.flush(step + 1)
+            asked.append(server.service.calls["Score"])
     assert asked == [1, 4, 4, 5, 5, 6, 6, 6, 6, 6, 6, 6]
+
+
+def test_what_lies_in_the_pool_many_times_is_trained_on_less(server: ScriptedServer, tmp_path: Path) -> None:
+    tokens = np.arange(1, 251).reshape(50, 5).astype(np.uint16)
+    tokens[40:] = tokens[40]  # ten times the same among forty others
+    task, steps = small_task(tokens), 200
+    times = {}
+    for wear in (0.0, RunConfig.wear):
+        config = RunConfig(
+            steps=steps, batch_size=4, candidates=2, probes=1, ahead=2, wear=wear, out=str(tmp_path / f"{wear}")
+        )
+        with (
+            connect(server.url, timeouts=PATIENT) as client,
+            client.open_job() as job,
+            Recorder(tmp_path / f"{wear}", 4, 8) as recorder,
+        ):
+            chooser = Selected(job, recorder, config, task, Cadence())
+            kept = []
+            for step in range(steps):
+                kept.append(chooser.choose(step).indices)
+                chooser.look_ahead(step)
+        times[wear] = int((np.concatenate(kept) >= 40).sum())
+    assert times[0] > steps * 4 * 10 / 50
+    assert times[RunConfig.wear] < 0.6 * times[0]
 
 
 @pytest.mark.parametrize("fails", [True, False])

@@ -22,6 +22,7 @@ from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task, to_tensor
 from trainer_client.run.teach import MetaBatch
 from trainer_client.select import Selection, Selector
+from trainer_client.select.seen import TimesSeen, content_keys
 from weighting_contract.columns import COLUMNS
 from weighting_contract.ngrams import ngram_log_ratio
 
@@ -142,6 +143,8 @@ class Selected:
             seed=config.seed,
             from_first=True,
         )
+        self._contents = _contents(task)
+        self._seen = TimesSeen(config.ahead, config.wear)
         self._next = 0  # step to be submitted next
         self._taught = 0  # meta-updates handed over by this run
         self._taught_before: dict[int, int] = {}  # their number when a step was submitted
@@ -157,6 +160,7 @@ class Selected:
             del self._selections[trained]
         drawn = self._task.candidate_order.indices(step)
         kept = drawn[record.kept]
+        self._seen.trained(step, self._contents[kept])
         metrics = {
             "selected": int(not record.fallback),
             "position": record.position,
@@ -209,8 +213,13 @@ class Selected:
         """Has everything up to step `last` scored that is not on record."""
         for step in range(self._next, min(last, self._steps - 1) + 1):
             if self._recorder.get(step) is None:
-                tokens = self._task.train.tokens[self._task.candidate_order.indices(step)]
-                self._selector.submit(step, tokens, probes=None if self._cadence.due(step) else 0)
+                drawn = self._task.candidate_order.indices(step)
+                self._selector.submit(
+                    step,
+                    self._task.train.tokens[drawn],
+                    probes=None if self._cadence.due(step) else 0,
+                    wear=self._seen.wear(step, self._contents[drawn]),
+                )
                 self._taught_before[step] = self._taught
             self._next = step + 1
 
@@ -257,6 +266,13 @@ class Selected:
     def _computed(self, said: int | None) -> int:
         """Samples of one score that the reference computed; all candidates where an older service doesn't say."""
         return self._task.candidate_order.batch_size if said is None else said
+
+
+def _contents(task: Task) -> np.ndarray:
+    """[N] uint64 of all training samples."""
+    tokens = task.train.tokens
+    parts = range(0, len(tokens), _SAMPLES_AT_ONCE)
+    return np.concatenate([content_keys(tokens[start : start + _SAMPLES_AT_ONCE]) for start in parts])
 
 
 def _quarters(selection: Selection, columns: tuple[str, ...]) -> np.ndarray:

@@ -22,6 +22,7 @@ from trainer_client.flags import add_flags, check_fields, credential_arguments, 
 from trainer_client.run.config_file import read_settings
 from trainer_client.run.methods.names import JUDGED
 from trainer_client.run.variants import LABELS, METHODS, MODES, ROLES, Variant, label_of, variant_of
+from trainer_client.select.seen import TIMES_TO_WEAR
 from trainer_client.transports import check_url
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.spec import check_name
@@ -100,6 +101,11 @@ class RunConfig:
     )
     ahead: int = setting(2, "selection: steps that candidates are scored ahead of training", least=0)
     select_min_share: float = setting(0.1, "selection: least effective share of the candidates")
+    wear: float = setting(
+        TIMES_TO_WEAR,
+        "selection: times trained on, beyond twice the usual, that divide a content's weight by e (0: never)",
+        least=0,
+    )
     reference: str = setting(
         "auto", "selection: auto (trained on the data, cached), a reference's folder, or its name at the service"
     )
@@ -203,6 +209,8 @@ class RunConfig:
     def _check_selection(self, selects: bool) -> None:
         if not 0 <= self.select_min_share <= 1:
             raise InvalidArgument(f"--select-min-share is {self.select_min_share}, expected from 0 to 1")
+        if not math.isfinite(self.wear):
+            raise InvalidArgument(f"--wear is {self.wear}, expected a finite number of times")
         if selects and self.probes > self.batch_size:
             raise InvalidArgument(f"--probes is {self.probes}, expected at most --batch-size ({self.batch_size})")
         if not self.reference:

@@ -6,6 +6,7 @@ Knows loaders as iterables that may have a state, and a Selector that does the r
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from trainer_client.cadence import Cadence
 from trainer_client.counters import unexpected
 from trainer_client.job import Job
 from trainer_client.select.choice import Selection
 from trainer_client.select.collate import Tokens, count_rows, find_tokens, join, pick
+from trainer_client.select.seen import TIMES_TO_WEAR, TimesSeen, keys_of
 from trainer_client.select.selector import Selector, check_settings, check_whole
 from weighting_contract.errors import InvalidArgument, WeighbridgeError
 
@@ -34,6 +38,7 @@ def select(
     tokens: Tokens = None,
     start_step: int = 0,
     cadence: Cadence | None = None,
+    wear: float = TIMES_TO_WEAR,
 ) -> SelectedBatches:
     """Batches of the loader's own structure and size B, each chosen from `candidates` successive ones.
 
@@ -51,12 +56,24 @@ def select(
             callable that takes a batch and returns the ids [N, T], padded on the right, or ids and lengths, or texts.
         start_step: of the first batch, where a run goes on that keeps no `state_dict` of this.
         cadence: the steps to be taught in, None: `Cadence()`; `SelectedBatches.due` says when one has come.
+        wear: times that a content is trained on, beyond twice the usual, that divide its weight by e
+            (`TimesSeen.wear`); 0: never.
 
     Raises:
         InvalidArgument: numbers that can't be right; while iterating, batches that nothing can be chosen from.
     """
     return SelectedBatches(
-        loader, job, candidates, probes, ahead, min_effective_share, seed, tokens, start_step, cadence or Cadence()
+        loader,
+        job,
+        candidates,
+        probes,
+        ahead,
+        min_effective_share,
+        seed,
+        tokens,
+        start_step,
+        cadence or Cadence(),
+        wear,
     )
 
 
@@ -67,6 +84,7 @@ class _Group:
     batch: Any
     rows: int
     loader_state: Any  # of the loader once it had given them; None: it has none
+    contents: np.ndarray | None  # [rows] uint64; None: not known
 
 
 class SelectedBatches:
@@ -91,16 +109,20 @@ class SelectedBatches:
         tokens: Tokens,
         start_step: int,
         cadence: Cadence,
+        wear: float,
     ) -> None:
         check_whole("candidates", candidates, 1)
         check_whole("ahead", ahead, 0)
         check_whole("start_step", start_step, 0)
         check_settings(probes, min_effective_share, seed)
+        if not isinstance(wear, int | float) or not 0 <= wear < math.inf:
+            raise InvalidArgument(f"wear is {wear!r}, expected a finite number of times, or 0 for none")
         self.current: Selection | None = None
         self._loader, self._job, self._tokens = loader, job, tokens
         self._candidates, self._ahead = candidates, ahead
         self._probes, self._min_effective_share, self._seed = probes, min_effective_share, seed
         self._cadence = cadence
+        self._seen = TimesSeen(ahead, wear)
         self._selector: Selector | None = None  # made once the first batch has shown its size
         self._submitted = False
         self._step = start_step  # of the next batch
@@ -145,7 +167,8 @@ class SelectedBatches:
         has a state of its own.
         """
         loader = self._loader_state if self._given else self._snapshot()
-        return {"step": self._step, "batch_size": self._batch_size, "loader": loader}
+        seen = self._seen.state_dict()
+        return {"step": self._step, "batch_size": self._batch_size, "loader": loader, "seen": seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on behind the batch that was given last when the state was taken; call it before iterating.
@@ -155,6 +178,8 @@ class SelectedBatches:
         """
         if not isinstance(state, dict) or "loader" not in state or not isinstance(state.get("step"), int):
             raise InvalidArgument(f"state must be what SelectedBatches.state_dict returned, got {state!r}")
+        if "seen" in state:  # not of a version that did not count
+            self._seen.load_state_dict(state["seen"])
         if state["loader"] is not None:
             load = getattr(self._loader, "load_state_dict", None)
             if load is None:
@@ -199,8 +224,10 @@ class SelectedBatches:
                 min_effective_share=self._min_effective_share,
                 seed=self._seed,
             )
+        contents = None
         try:
             tokens, lengths = find_tokens(batch, self._tokens)
+            contents = keys_of(tokens, lengths)
         except Exception as exc:
             if not self._submitted or self._job.on_failure == "raise":
                 raise  # a mistake in the settings, before anything was trained
@@ -208,13 +235,16 @@ class SelectedBatches:
             self._selector.refuse(step, rows, error)
         else:
             probes = None if self._cadence.due(step) else 0
-            self._selector.submit(step, tokens, lengths, probes=probes)
+            wear = None if contents is None else self._seen.wear(step, contents)
+            self._selector.submit(step, tokens, lengths, probes=probes, wear=wear)
             self._submitted = True
-        return _Group(batch, rows, self._snapshot())
+        return _Group(batch, rows, self._snapshot(), contents)
 
     def _take(self, group: _Group) -> Any:
         self.current = self._made_selector().result(self._step)
         self._loader_state, self._given = group.loader_state, True
+        if group.contents is not None:
+            self._seen.trained(self._step, group.contents[self.current.kept])
         self._step += 1
         if self.current.fallback and len(self.current.kept) == group.rows:
             return group.batch

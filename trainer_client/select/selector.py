@@ -31,6 +31,7 @@ class _Asked:
     rows: int
     probes: int = 0
     batch: wire.Batch | None = None  # None: not to be scored
+    wear: np.ndarray | None = None
     answer: Selection | WeighbridgeError | None = None
     forgotten: bool = False  # nobody waits for the answer any more
 
@@ -89,7 +90,9 @@ class Selector:
         self._thread.start()
         job.before_close(self.close)
 
-    def submit(self, step: int, tokens: Any, lengths: Any = None, *, probes: int | None = None) -> None:
+    def submit(
+        self, step: int, tokens: Any, lengths: Any = None, *, probes: int | None = None, wear: np.ndarray | None = None
+    ) -> None:
         """Queues the candidates of a step to be scored; returns at once.
 
         Args:
@@ -97,6 +100,7 @@ class Selector:
             tokens: [N, T] integer ids, rows padded on the right, or N texts; they are read later, by another thread.
             lengths: [N] integer, real tokens of each row; None: T.
             probes: in place of the selector's, at most that many; 0 in a step that will not be taught.
+            wear: [N], 0 or more, taken off the logs of their weights (`TimesSeen.wear`); None: nothing.
         """
         texts = tokens if isinstance(tokens, list) and all(isinstance(t, str) for t in tokens) else None
         batch = wire.Batch(tokens=None if texts else tokens, lengths=lengths, texts=texts)
@@ -107,7 +111,7 @@ class Selector:
             self._put(_Asked(step, rows), None)
         else:
             probes = self._probes if probes is None else min(probes, self._probes)
-            asked = _Asked(step, rows, probes, batch)
+            asked = _Asked(step, rows, probes, batch, wear)
             self._put(asked, partial(self._score, asked))
 
     def refuse(self, step: int, rows: int, error: WeighbridgeError) -> None:
@@ -213,7 +217,7 @@ class Selector:
         started = time.perf_counter()
         answer: Selection | WeighbridgeError
         try:
-            answer = self._selected(asked.step, asked.batch, asked.probes)
+            answer = self._selected(asked, asked.batch)
         except WeighbridgeError as exc:
             answer = exc
         except Exception as exc:
@@ -223,10 +227,12 @@ class Selector:
             asked.answer = answer
             self._changed.notify_all()
 
-    def _selected(self, step: int, batch: wire.Batch, count: int) -> Selection:
+    def _selected(self, asked: _Asked, batch: wire.Batch) -> Selection:
+        step = asked.step
         scores = self._job.ask(batch, step, min_effective_share=self._min_effective_share, return_statistics=True)
+        weights = scores.weights if asked.wear is None else _worn(scores.weights, asked.wear)
         near = self._from_first and scores.trust < 1
-        kept, probes = choose(scores.weights, self.keep, count, (self._seed, step), from_first=near)
+        kept, probes = choose(weights, self.keep, asked.probes, (self._seed, step), from_first=near)
         return Selection(
             step=step,
             kept=kept,
@@ -235,7 +241,7 @@ class Selector:
             position=scores.position,
             fallback=False,
             trust=scores.trust,
-            weights=scores.weights[kept],
+            weights=weights[kept],
             all_statistics=scores.statistics,
             computed_samples=scores.computed_samples,
         )
@@ -295,6 +301,15 @@ def check_settings(probes: Any, min_effective_share: Any, seed: Any) -> None:
     check_whole("seed", seed, 0)
     if not isinstance(min_effective_share, int | float) or not 0 <= min_effective_share <= 1:
         raise InvalidArgument(f"min_effective_share is {min_effective_share!r}, expected a number from 0 to 1")
+
+
+def _worn(weights: np.ndarray, wear: np.ndarray) -> np.ndarray:
+    """[N] float32 of mean 1: weights with so much off their logs; as they are where nothing is."""
+    if not wear.any():
+        return weights
+    less = weights * np.exp(wear.min() - wear)
+    result: np.ndarray = (less * (len(less) / less.sum())).astype(np.float32)
+    return result
 
 
 def _copied(cotangent: Any, samples: int) -> np.ndarray:
