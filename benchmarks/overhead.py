@@ -116,7 +116,6 @@ class Training:
     def train(self, tokens: torch.Tensor) -> None:
         losses = self.losses(tokens)
         self.optimizer.zero_grad(set_to_none=True)
-        self.before_backward(tokens, losses.detach())
         per_sample_loss(losses).mean().backward()
         self.teach(tokens, losses.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -125,9 +124,6 @@ class Training:
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, T] token losses, with a graph."""
         return token_losses(self.model, tokens)
-
-    def before_backward(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
-        """What the service is asked then, as `run` does: a backward pass leaves Python to the threads that answer."""
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         pass
@@ -156,11 +152,10 @@ class Weighting(Training):
         self.unigram_nll = torch.full((VOCABULARY,), float(np.log(VOCABULARY)))
 
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        with late_weights(self.model.lm_head, lambda: self.pending.result().weights):
-            return super().losses(tokens)
-
-    def before_backward(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
-        self.pending = self.job.score_soon(lambda: self.features(tokens, losses), self.step)
+        with late_weights(self.model.lm_head, lambda: pending.result().weights):
+            losses = super().losses(tokens)
+        pending = self.job.score_soon(lambda: self.features(tokens, losses), self.step)
+        return losses
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         if self.learns and CADENCE_INSIDE.due(self.step):
@@ -187,11 +182,9 @@ class Selecting(Training):
             self.submit(step)
 
     def batch(self) -> torch.Tensor:
+        self.submit(self.step + AHEAD)
         self.selection = self.selector.result(self.step)
         return self.drawn.pop(self.step)[torch.from_numpy(self.selection.kept)]
-
-    def before_backward(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
-        self.submit(self.step + AHEAD)
 
     def submit(self, step: int) -> None:
         new = samples(step + (10**5 if self.learns else 2 * 10**5), CANDIDATES * BATCH // NEW)

@@ -57,7 +57,6 @@ def test_a_step_without_an_answer_teaches_nothing_when_it_is_trained_again_eithe
             chooser, steps = Selected(job, recorder, config, task, Cadence()), []
             for step in range(6):
                 choice = chooser.choose(step)
-                chooser.look_ahead(step)
                 nothing = torch.zeros(0)
                 taught = MetaBatch(
                     "", step, False, nothing, nothing, np.zeros(2, np.bool_), torch.from_numpy(COTANGENT)
@@ -71,24 +70,6 @@ def test_a_step_without_an_answer_teaches_nothing_when_it_is_trained_again_eithe
     assert [computed for _, _, computed, _ in runs[0]] == [8, 0, 8, 8, 8, 8]
     assert runs[0] == runs[1]
     assert server.service.calls["MetaUpdate"] == 5
-
-
-def test_later_steps_are_sent_for_when_the_step_asks_for_it(server: ScriptedServer, tmp_path: Path) -> None:
-    task, config = small_task(), RunConfig(steps=6, batch_size=4, candidates=2, probes=1, ahead=2, out=str(tmp_path))
-    with (
-        connect(server.url, timeouts=PATIENT) as client,
-        client.open_job() as job,
-        Recorder(tmp_path / "record", 4, 8) as recorder,
-    ):
-        chooser = Selected(job, recorder, config, task, Cadence())
-        asked = []
-        for step in range(6):
-            chooser.choose(step)  # the first one has nothing on its way yet
-            asked.append(server.service.calls["Score"])
-            chooser.look_ahead(step)
-            chooser.flush(step + 1)
-            asked.append(server.service.calls["Score"])
-    assert asked == [1, 4, 4, 5, 5, 6, 6, 6, 6, 6, 6, 6]
 
 
 def test_what_lies_in_the_pool_many_times_is_trained_on_less(server: ScriptedServer, tmp_path: Path) -> None:
@@ -109,7 +90,6 @@ def test_what_lies_in_the_pool_many_times_is_trained_on_less(server: ScriptedSer
             kept = []
             for step in range(steps):
                 kept.append(chooser.choose(step).indices)
-                chooser.look_ahead(step)
         times[wear] = int((np.concatenate(kept) >= 40).sum())
     assert times[0] > steps * 4 * 10 / 50
     assert times[RunConfig.wear] < 0.6 * times[0]

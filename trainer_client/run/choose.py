@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,14 +51,6 @@ class Chooser(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@runtime_checkable
-class LooksAhead(Protocol):
-    """A chooser that has the samples of later steps scored meanwhile."""
-
-    def look_ahead(self, step: int) -> None:
-        """Sends for what the steps after `step` need; returns at once. `choose` would, else, when its step comes."""
 
 
 class AsDrawn:
@@ -154,7 +146,7 @@ class Selected:
 
     def choose(self, step: int) -> Choice:
         self._next = max(self._next, step)
-        self._submit_to(step)
+        self._submit_to(step + self._ahead)
         record = self._on_record(step)
         for trained in [s for s in self._selections if s < step]:
             del self._selections[trained]
@@ -168,9 +160,6 @@ class Selected:
             "trust": record.trust,
         }
         return Choice(kept, drawn, record.probes, record.fallback, record.computed, record.quarters, metrics)
-
-    def look_ahead(self, step: int) -> None:
-        self._submit_to(step + self._ahead)
 
     def learn(self, batch: MetaBatch) -> bool:
         """Teaches with the first samples of the step's batch; whether there was something to teach."""

@@ -25,7 +25,7 @@ from trainer_client.late_weights import late_weights
 from trainer_client.loss import per_sample_loss, weighted_loss
 from trainer_client.ranks import Ranks, share
 from trainer_client.run import checkpoint
-from trainer_client.run.choose import Choice, Chooser, LooksAhead
+from trainer_client.run.choose import Choice, Chooser
 from trainer_client.run.config import RunConfig
 from trainer_client.run.evaluate import fixed_subset, mean_loss
 from trainer_client.run.metrics import Metrics, Sink
@@ -235,10 +235,7 @@ class Loop:
         return self.ranks.my_rows(len(choice.indices))
 
     def _ask(self, choice: Choice, losses: torch.Tensor | None) -> Callable[[], Weights]:
-        """Asks for the weights of the whole batch, and for what later steps need; what it returns gives the weights as
-        the first rank's weigher has them.
-
-        Called right before the backward pass, which leaves Python to the threads that answer.
+        """Asks for the weights of the whole batch; what it returns gives them as the first rank's weigher has them.
 
         losses: [b, T] of this rank's rows; None where they are not read.
         """
@@ -249,8 +246,6 @@ class Loop:
             return tokens.new_zeros((len(tokens), 0), dtype=torch.float32) if whole is None else whole, tokens
 
         def ask() -> None:
-            if isinstance(self.chooser, LooksAhead):
-                self.chooser.look_ahead(self.step)
             if isinstance(self.weigher, Asks):
                 self.weigher.ask(self.step, *read())
 
