@@ -25,20 +25,22 @@ from benchmarks.machine import describe, goal
 from benchmarks.score import start_service
 from trainer_client import Client, Job, Limits, Timeouts, connect
 from trainer_client.cadence import CADENCE_INSIDE, Cadence
-from trainer_client.features import FEATURE_NAMES, batch_features
+from trainer_client.features import batch_features
 from trainer_client.hypergradient import cotangent
 from trainer_client.late_weights import late_weights
 from trainer_client.loss import per_sample_loss
 from trainer_client.run.forward import sample_losses, token_losses
 from trainer_client.run.models import build_model
 from trainer_client.select import Selector
+from weighting_contract.columns import COLUMNS
 from weighting_contract.errors import Unavailable
 from weighting_contract.memory import keep_freed_memory
+from weighting_contract.ngrams import count_ngrams, log_ratios, profile_table
 
 VOCABULARY, TOKENS, BATCH, CANDIDATES, AHEAD, PROBES = 1024, 64, 32, 5, 2, 4
 TAUGHT, VALIDATION, LEARNING_RATE = 12, 4, 2e-3
 NEW = 5  # one candidate in so many has not been scored before, as in the demo: its pool is passed five times
-BLOCK = 30  # steps, a multiple of both cadences
+BLOCK = 30  # steps, a multiple of the cadence
 GOALS = {"frozen": 0.02, "learn": 0.08}
 PATIENT = Timeouts(score_s=60, meta_update_s=60, admin_s=60, close_s=60)
 CADENCE = Cadence(first=0)  # the first steps are over
@@ -142,14 +144,16 @@ class Training:
 
 
 class Weighting(Training):
-    """The samples of each batch are weighted by statistics of their losses; weights come in the backward pass."""
+    """The samples of each batch are weighted by statistics of their losses and against the target, as `run` does."""
 
     def __init__(self, size: str, client: Client, role: Any) -> None:
         super().__init__(size)
-        spec = {"features": {"names": list(FEATURE_NAMES)}}
+        spec = {"features": {"names": list(COLUMNS)}}
         self.job = opened(client, weighter=f"weight-{role}", role=role, spec=spec)
         self.learns = role == "learn"
         self.unigram_nll = torch.full((VOCABULARY,), float(np.log(VOCABULARY)))
+        target, pool = (count_ngrams(samples(10**6, count).numpy()) for count in (64, 2048))
+        self.profile = profile_table(log_ratios(target, pool))
 
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
         with late_weights(self.model.lm_head, lambda: pending.result().weights):
@@ -159,10 +163,12 @@ class Weighting(Training):
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         if self.learns and CADENCE_INSIDE.due(self.step):
-            self.job.meta_update(self.cotangent(tokens, losses), self.features(tokens, losses)[:TAUGHT], self.step)
+            taught = self.features(tokens[:TAUGHT], losses[:TAUGHT])
+            self.job.meta_update(self.cotangent(tokens, losses), taught, self.step)
 
     def features(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-        return batch_features(losses.detach(), self.unigram_nll[tokens[:, 1:]])
+        unigram_nll = self.unigram_nll[tokens[:, 1:]]
+        return batch_features(losses.detach(), unigram_nll, names=COLUMNS, tokens=tokens, profile=self.profile)
 
 
 class Selecting(Training):

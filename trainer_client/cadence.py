@@ -36,5 +36,5 @@ class Cadence:
         return step < self.first or step % self.every == 0
 
 
-CADENCE_INSIDE = Cadence(every=6, first=0)  # for weights inside a batch, which are in no hurry
+CADENCE_INSIDE = Cadence(first=0)  # for weights inside a batch, which are in no hurry
 TAUGHT_FIRST = 48  # `first` where a taught weighter goes on learning: more would move it from what it knows

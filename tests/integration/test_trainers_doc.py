@@ -142,7 +142,7 @@ def test_python_on_two_ranks(service: Address, tmp_path: Path) -> None:
     script = "\n".join([*blocks(START, "python"), recipes]).replace(URL, service.grpc_url)
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     run_shell("python -m torch.distributed.run --standalone --nproc-per-node 2 train.py", tmp_path)
-    assert position(service, "ddp") == position(service, "fsdp") == updates(8)
+    assert position(service, "ddp") == position(service, "fsdp") == updates(12)
 
 
 def test_the_trainer_that_comes_along(tmp_path: Path) -> None:

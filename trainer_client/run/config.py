@@ -126,7 +126,7 @@ class RunConfig:
         ("resend", "continue", "stop"),
     )
     hypergradient: str = setting("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
-    meta_every: int = setting(0, "steps between meta-updates (0: 10 for selection, 6 inside the batch)", least=0)
+    meta_every: int = setting(0, "steps between meta-updates (0: 10)", least=0)
     meta_first: int = setting(
         -1,
         "selection: first steps, which have a meta-update each (-1: 150, where a taught weighter goes on 48)",

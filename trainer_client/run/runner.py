@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from trainer_client.features import FEATURE_NAMES
 from trainer_client.ranks import Ranks
 from trainer_client.run.afterwards import check_extras, finish_job
 from trainer_client.run.choose import AsDrawn, Chooser, MostAlike, Selected
@@ -364,7 +363,7 @@ class _Run:
             session.weighing,
             open_record(),
             self._task,
-            columns=FEATURE_NAMES if variant.selects else columns_of(variant, self._job.start),
+            columns=columns_of(variant, self._job.start),
             taught_before=variant.weighter_from != "none" and not variant.selects,
             inner=variant.selects,
         )

@@ -34,7 +34,12 @@ SELECT_SPEC = WeighterSpec(  # reads a reference's statistics; candidates may be
     head=HeadSpec(temperature=0.5, min_effective_share=0.1),
     learning=LearningSpec(learning_rate=3e-3, settle_after=48),
 )
-WEIGHT_SPEC = WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES))  # reads the trainer's
+WEIGHT_SPEC = WeighterSpec(  # reads the trainer's; every weight above the others costs gradient noise
+    features=FeatureSpec(names=COLUMNS),
+    head=HeadSpec(temperature=0.5, min_effective_share=0.4),
+    learning=LearningSpec(learning_rate=3e-3, settle_after=48),
+)
+INNER_SPEC = WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES))  # the target had its say when they were selected
 
 PASSING = (Unavailable, DeadlineExceeded, ResourceExhausted)  # may be over soon; all else is a mistake in the settings
 _FINISH_S = 10.0  # at most, for what is outstanding at the end
@@ -128,7 +133,7 @@ class WeighterSession:
 
     def _open_weighing(self, job_id: str) -> Job:
         if self._variant.selects:
-            return self._open(f"{job_id}-inner", self._variant.inner_weighter, spec=WEIGHT_SPEC)
+            return self._open(f"{job_id}-inner", self._variant.inner_weighter, spec=INNER_SPEC)
         begun: dict[str, Any] = start_of(self._variant, self._start)
         if self._variant.from_export and self._start:
             begun["tokenizer_checksum"] = self._start.tokenizer_checksum  # the run's own: it was checked
@@ -170,7 +175,7 @@ def weighter_names(variant: Variant, start: Start | None) -> list[tuple[str, dic
     if not variant.learned:
         return []
     named = [(variant.weighter, start_of(variant, start))]
-    return named + [(variant.inner_weighter, {"spec": WEIGHT_SPEC})] * (variant.mode == "both")
+    return named + [(variant.inner_weighter, {"spec": INNER_SPEC})] * (variant.mode == "both")
 
 
 def start_of(variant: Variant, start: Start | None) -> dict[str, Any]:
@@ -184,9 +189,9 @@ def start_of(variant: Variant, start: Start | None) -> dict[str, Any]:
 
 def columns_of(variant: Variant, start: Start | None) -> tuple[str, ...]:
     """What the trainer gives the weighter of a run that weighs, of each sample."""
-    if variant.from_export and start:
-        return start.columns
-    return COLUMNS if variant.pretaught else FEATURE_NAMES
+    if variant.selects:
+        return FEATURE_NAMES  # of the second weighter
+    return start.columns if variant.from_export and start else COLUMNS
 
 
 def _timeouts(config: RunConfig) -> Timeouts | None:

@@ -78,7 +78,7 @@ class Variant:
     @property
     def reads_profile(self) -> bool:
         """Whether its weighter reads statistics against the target; of an export that weighs its spec says so."""
-        return self.learned and (self.selects or self.pretaught)
+        return self.learned and (self.selects or not self.from_export)
 
     @property
     def inner_weighter(self) -> str:

@@ -20,9 +20,8 @@ from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task
 from trainer_client.run.teach import MetaBatch
 from weighting_contract.columns import needs_profile
-from weighting_contract.spec import HeadSpec
 
-LEAST_SHARE = HeadSpec().min_effective_share  # inside a batch
+LEAST_SHARE = 0.4  # effective, inside a batch: of weighters that were taught before, whose own guard may be another
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,9 @@ class Even:
 class Learned:
     """Asks the job's weighter, records the answer, then hands it out; a recorded step is not asked about again.
 
-    The weighter reads statistics of the trainer's own losses. One that was taught before may read those against the
-    target, too: for them the trainer counts the n-grams of its validation and training samples. They are made on the
-    CPU: on a GPU they would wait for the backward pass, which waits for the weights.
+    The weighter reads statistics of the trainer's own losses, and mostly those against the target, too: for them the
+    trainer counts the n-grams of its validation and training samples. They are made on the CPU: on a GPU they would
+    wait for the backward pass, which waits for the weights.
     """
 
     reads_losses = True
