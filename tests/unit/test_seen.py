@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trainer_client.select.seen import TimesSeen, content_keys, keys_of, text_keys
+from trainer_client.select.selector import _worn
 from weighting_contract.errors import InvalidArgument
 
 
@@ -53,6 +54,7 @@ def test_counts_are_those_of_all_steps_but_the_last_ones() -> None:
         np.testing.assert_array_equal(seen.counts(step, contents), [counted[int(key)] for key in contents])
         seen.trained(step, batch)
         seen.trained(step, batch)  # told again, as after a resume
+        seen.trained(step - 5, batch)
 
 
 def test_a_sketch_that_is_full_counts_no_less_than_there_was() -> None:
@@ -116,3 +118,12 @@ def test_what_is_seen_as_often_as_its_like_does_not_wear() -> None:
     for step in range(40):
         assert not seen.wear(step, contents).any()
         seen.trained(step, np.random.default_rng(step // 2).permutation(contents)[32 * (step % 2) :][:32])
+
+
+def test_wear_is_taken_off_the_logs_of_weights() -> None:
+    weights, wear = np.array([4, 2, 1, 1, 0], np.float32), np.array([0.5, 0, 1, 0, 0])
+    expected = weights * np.exp(-wear)
+    np.testing.assert_allclose(_worn(weights, wear), expected * 5 / expected.sum(), rtol=1e-6)
+    assert _worn(weights, np.zeros(5)) is weights
+    everything = _worn(np.array([1, 1, 0], np.float32), np.array([5000.0, 5001.0, 0]))  # what has no weight gets none
+    np.testing.assert_allclose(everything, np.array([1, np.exp(-1), 0]) * 3 / (1 + np.exp(-1)), rtol=1e-6)

@@ -74,11 +74,13 @@ class TimesSeen:
         self._counts = np.zeros((_ROWS, _CELLS), np.uint32)
         self._waiting: deque[tuple[int, np.ndarray]] = deque()  # (step, keys), steps in order, not counted yet
         self._recent: deque[np.ndarray] = deque(maxlen=_RECENT)  # keys of the steps counted last
+        self._last = -1  # step that was told last
 
     def trained(self, step: int, keys: np.ndarray) -> None:
         """The contents of a step's batch; steps come in order, and one that was told before is passed over."""
-        if not self._waiting or step > self._waiting[-1][0]:
+        if step > self._last:
             self._waiting.append((step, keys))
+            self._last = step
 
     def wear(self, step: int, keys: np.ndarray) -> np.ndarray:
         """[N] float64, 0 or more, what candidates of `step` with these contents have taken off the log of their weight.
@@ -114,6 +116,7 @@ class TimesSeen:
             content,
             cells=used,
             counts=self._counts.flat[used],
+            last=self._last,
             steps=np.array([step for step, _ in batches], np.int64),
             sizes=np.array([len(keys) for _, keys in batches], np.int64),
             keys=np.array([key for _, keys in batches for key in keys], np.uint64),
@@ -126,13 +129,14 @@ class TimesSeen:
         try:
             with np.load(io.BytesIO(base64.b64decode(state, validate=True)), allow_pickle=False) as arrays:
                 counts.flat[arrays["cells"]] = arrays["counts"]
+                last = int(arrays["last"])
                 keys = np.split(arrays["keys"], np.cumsum(arrays["sizes"])[:-1])
                 batches = list(zip(arrays["steps"].tolist(), keys, strict=True)) if len(arrays["steps"]) else []
         except (KeyError, TypeError, ValueError, IndexError, OSError, zipfile.BadZipFile) as exc:
             raise InvalidArgument(f"the times seen are not what SelectedBatches.state_dict returned: {exc!r}") from exc
         self._waiting = deque((step, keys) for step, keys in batches if step >= 0)
         self._recent = deque((keys for step, keys in batches if step < 0), maxlen=_RECENT)
-        self._counts = counts
+        self._counts, self._last = counts, last
 
     def _counted(self, keys: np.ndarray) -> np.ndarray:
         found: np.ndarray = np.min([self._counts[row][cells] for row, cells in enumerate(self._cells(keys))], axis=0)

@@ -305,9 +305,10 @@ def check_settings(probes: Any, min_effective_share: Any, seed: Any) -> None:
 
 def _worn(weights: np.ndarray, wear: np.ndarray) -> np.ndarray:
     """[N] float32 of mean 1: weights with so much off their logs; as they are where nothing is."""
-    if not wear.any():
+    if not wear.any() or not weights.any():
         return weights
-    less = weights * np.exp(wear.min() - wear)
+    least = wear[weights > 0].min()  # of those that can be kept
+    less = weights * np.exp(np.minimum(0.0, least - wear))
     result: np.ndarray = (less * (len(less) / less.sum())).astype(np.float32)
     return result
 
