@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,23 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import step_seconds
 from tests.integration.small_job import read
 
 PROGRAM = [sys.executable, "-m", "benchmarks.gpu"]
 
 
-def test_the_small_form_measures_three_runs_and_a_reference(tmp_path: Path) -> None:
+def test_the_small_form_measures_all_runs_and_a_reference(tmp_path: Path) -> None:
     done = subprocess.run([*PROGRAM, "--small", "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = read(tmp_path / "results.json")
     runs, reference = found["runs"], found["reference"]
-    assert runs.keys() == {"uniform", "weight-scratch", "select-scratch"}
-    assert runs["uniform"]["teaching"] == runs["uniform"]["scoring"] == 0
-    for name in ("weight-scratch", "select-scratch"):
-        assert 0 < runs[name]["teaching"] < 1
-        assert 0 < runs[name]["scoring"] < 1
-    assert len({run["loss_in_uniforms_time"] for run in runs.values()}) == 3
-    assert reference["parameters"] == read(tmp_path / "runs" / "summary.json")["reference"]["parameters"]
+    frozen = {"frozen-select", "frozen-weight"}
+    assert runs.keys() == {"uniform", "weight-scratch", "select", "select-scratch", *frozen}
+    for name, run in runs.items():
+        assert run["overhead"] == pytest.approx(run["step_ms"] / runs["uniform"]["step_ms"] - 1)
+        assert (run["steps"], run["fallback_steps"]) == (12 if name in frozen else 24, 0)
+    assert len({run["loss_in_uniforms_time"] for name, run in runs.items() if name not in frozen}) == 4
+    assert reference["parameters"] == read(tmp_path / "runs" / "learn" / "summary.json")["reference"]["parameters"]
     for kind in ("scoring", "plain"):
         per_token = reference[kind] / reference[f"{kind}_tokens"]
         assert per_token == pytest.approx(2 * reference["parameters"] + 2 * 64 * 32)  # attention: one layer of width 32
@@ -38,3 +40,10 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "torch sees no GPU here: --small shows on the CPU that the program works" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_steps_are_timed_without_evaluations_and_first_steps(tmp_path: Path) -> None:
+    taken = [9.0, 9.0, 1.0, 7.0, 2.0, 3.0, 4.0, 7.0]  # of steps 1 to 8; every fourth one is followed by an evaluation
+    lines = [json.dumps({"seconds": sum(taken[: step + 1])}) for step in range(len(taken))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert step_seconds(tmp_path / "metrics.jsonl", first=2, eval_every=4) == pytest.approx((1 + 2 + 3 + 4) / 4)

@@ -117,7 +117,7 @@ def test_metrics_of_selection_say_what_was_kept_and_how_stale_its_scores_were(fi
         assert record.kept.max() < CANDIDATES * BATCH
         assert sum(line["trained_share"].values()) == pytest.approx(1)
         assert (line["selected"], line["position"], line["trust"]) == (1, record.position, record.trust)
-        assert record.probes == (2 * 2 if record.step % 4 == 0 else 0)  # twice as many: it was taught before
+        assert record.probes == (2 if record.step % 4 == 0 else 0)
     # Scored two steps ahead: the two steps after an update were scored before it.
     assert [record.position for record in records] == [(max(0, step - 2) + 3) // 4 for step in range(STEPS)]
     assert [line["staleness"] for line in lines] == [int(step % 4 in (1, 2)) for step in range(STEPS)]

@@ -35,6 +35,6 @@ def test_late_weights_train_the_same_model(data: list[str], tmp_path: Path, monk
         assert (x.step, x.position, x.fallback) == (y.step, y.position, False)
         # The weighter reads the losses of what it has weighed, so differences in the last bits add up.
         np.testing.assert_allclose(x.weights, y.weights, rtol=1e-4)
-    assert_close(final(late, "weight"), final(replayed, "weight"), 1e-6)
+    assert_close(final(late, "weight"), final(replayed, "weight"), 3e-6)
     assert_close(final(late, "weight"), final(before, "weight"), 1e-5)
     assert_same_tensors(final(late, "uniform"), final(before, "uniform"))  # by weights of 1 nothing is multiplied

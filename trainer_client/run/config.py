@@ -96,8 +96,7 @@ class RunConfig:
     candidates: int = setting(5, "selection: candidates a place in the batch", least=1)
     probes: int = setting(
         4,
-        "selection: samples of a taught batch that are drawn evenly, for the trust; twice as many where the weighter "
-        "was taught before",
+        "selection: samples of a taught batch that are drawn evenly, for the trust; in a frozen job twice as many",
         least=0,
     )
     ahead: int = setting(2, "selection: steps that candidates are scored ahead of training", least=0)
@@ -266,11 +265,8 @@ class RunConfig:
         return self.val_batch * (2 if variant.role == "frozen" else 1)
 
     def probes_of(self, variant: Variant) -> int:
-        """Of a step that is taught. A job whose weighter was taught before has fewer of those to earn trust in, and a
-        frozen one has nothing but probes for it.
-        """
-        taught_before = variant.pretaught or variant.from_export or variant.role == "frozen"
-        return min(self.batch_size, self.probes * (2 if taught_before else 1))
+        """Of a step that is taught; in a frozen job they are all that there is to its trust."""
+        return min(self.batch_size, self.probes * (2 if variant.role == "frozen" else 1))
 
     @property
     def main(self) -> Variant:
