@@ -17,7 +17,6 @@ figures.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from benchmarks.mixtures import large_mixture
 from trainer_client.reference.config import ReferenceConfig
 from trainer_client.reference.train import train_reference
 from trainer_client.run.data import load_corpus, make_samples
+from trainer_client.run.metrics import read_metrics
 from trainer_client.run.models import SIZES, count_parameters
 from trainer_client.run.report import RunSummary, write_json
 from trainer_client.run.tokenizer import cached_tokenizer
@@ -193,9 +193,7 @@ def describe_device(device: str) -> str:
 
 def train(setting: Setting, out: Path) -> dict[str, Cost]:
     """All runs, one after the other, as a user starts them. Raises SystemExit where they fail."""
-    jobs = {
-        "learn": (*PRETAUGHT, "--compare", *setting.compare, "--steps", str(setting.steps)),
-    }
+    jobs = {"learn": (*PRETAUGHT, "--compare", *setting.compare, "--steps", str(setting.steps))}
     if setting.frozen_steps:
         steps = ("--role", "frozen", "--steps", str(setting.frozen_steps))
         jobs |= {"frozen-select": (*PRETAUGHT, *steps), "frozen-weight": (*INSIDE, *steps)}
@@ -228,8 +226,7 @@ def train(setting: Setting, out: Path) -> dict[str, Cost]:
 
 def step_seconds(metrics: Path, first: int, eval_every: int) -> float:
     """Mean wall seconds of a training step after the first ones, evaluations left out."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    ends = np.array([line["seconds"] for line in lines])  # of steps 1, 2, ...
+    ends = np.array([line["seconds"] for line in read_metrics(metrics)])  # of steps 1, 2, ...
     taken = np.diff(ends)[first - 1 :]
     steps = np.arange(first + 1, len(ends) + 1)
     return float(taken[steps % eval_every != 0].mean())

@@ -91,23 +91,16 @@ class _Head(torch.autograd.Function):
         slopes = upstream.flatten(0, -2)
         of_hidden = (slopes @ weight.to(slopes.dtype)).view(hidden.shape) if ctx.needs_input_grad[0] else None
         weigh = _weighing(ctx.weights(), hidden)
-        of_weight = of_bias = None
-        if ctx.needs_input_grad[1]:
-            rows = (hidden if weigh is None else weigh(hidden)).to(slopes.dtype).flatten(0, -2)
-            of_weight = slopes.T @ rows
+        of_weight = slopes.T @ weigh(hidden).to(slopes.dtype).flatten(0, -2) if ctx.needs_input_grad[1] else None
+        of_bias = None
         if ctx.needs_input_grad[2]:
-            ones = slopes.new_ones(*hidden.shape[:-1], 1)
-            of_bias = (ones if weigh is None else weigh(ones)).to(slopes.dtype).flatten() @ slopes
-        if of_hidden is not None and weigh is not None:
-            of_hidden = weigh(of_hidden)
-        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, of_bias, None
+            of_bias = weigh(slopes.new_ones(*hidden.shape[:-1], 1)).to(slopes.dtype).flatten() @ slopes
+        return None if of_hidden is None else weigh(of_hidden).to(hidden.dtype), of_weight, of_bias, None
 
 
-def _weighing(weights: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """What multiplies the rows of a tensor by their weights; None where all weights are 1."""
-    least, most = map(float, torch.aminmax(weights)) if weights.numel() else (-1.0, -1.0)
-    if weights.shape != rows.shape[:1] or not 0 <= least <= most < float("inf"):
-        check_weights(weights, len(rows))  # says what is wrong; one weight for all is fine
-    if least == most == 1:
-        return None
+def _weighing(weights: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """What multiplies the rows of a tensor by their weights; leaves it as it is where all weights are 1."""
+    check_weights(weights, len(rows))
+    if bool((weights == 1).all()):
+        return lambda values: values
     return partial(torch.mul, weights.to(rows.device).view(-1, *[1] * (rows.ndim - 1)))

@@ -137,9 +137,11 @@ def check_weights(weights: Tensor, samples: int) -> None:
         raise InvalidArgument(
             f"weights have shape {list(weights.shape)}, expected [{samples}]: one for each of the sample_losses"
         )
-    wrong = ~(weights.isfinite() & (weights >= 0))
-    if bool(wrong.any()):
-        sample = int(wrong.nonzero()[0])
+    if not samples:
+        return
+    least, most = map(float, torch.aminmax(weights.detach()))  # NaN where one is NaN
+    if not 0 <= least <= most < float("inf"):
+        sample = int((~(weights.isfinite() & (weights >= 0))).nonzero()[0])
         raise InvalidArgument(f"weights[{sample}] is {float(weights[sample])}, expected finite values of 0 or more")
 
 

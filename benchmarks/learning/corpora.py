@@ -10,7 +10,7 @@ from benchmarks import mixtures
 from benchmarks.mixtures import Mixture
 
 BUILTIN = "builtin"
-NEED_TEXTS = ("books", "wiki", "large")
+NEED_TEXTS = ("books", "wiki")
 _MADE: dict[str, Callable[[], Mixture]] = {
     "clean": mixtures.clean_mixture,
     "look-alikes": mixtures.look_alikes_mixture,
@@ -29,8 +29,7 @@ def data_flags(name: str, folder: Path, texts: Path | None) -> tuple[str, ...]:
     if name in NEED_TEXTS:
         if texts is None:
             raise SystemExit(f"corpus {name!r} needs --texts, a folder of books, wiki and web texts")
-        made = mixtures.large_mixture if name == "large" else partial(mixtures.text_mixture, name)
-        make: Callable[[], Mixture] = partial(made, texts)
+        make: Callable[[], Mixture] = partial(mixtures.text_mixture, name, texts)
     elif name in _MADE:
         make = _MADE[name]
     else:

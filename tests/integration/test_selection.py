@@ -60,12 +60,12 @@ def unselected(selection: Selection, keep: int = 3) -> bool:
     return selection.fallback and selection.statistics is None and plain == (list(range(keep)), False, [1.0] * keep, 0)
 
 
-# ---- Selector -------------------------------------------------------------------------------------------------------
-
-
 def without_seen(state: dict[str, Any]) -> dict[str, Any]:
     """A state of SelectedBatches but for its counts."""
     return {key: value for key, value in state.items() if key != "seen"}
+
+
+# ---- Selector -------------------------------------------------------------------------------------------------------
 
 
 def test_keeps_what_the_weights_say_and_teaches_with_it(server: ScriptedServer) -> None:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer_client.select.seen import TimesSeen, content_keys, keys_of, text_keys
-from trainer_client.select.selector import _worn
+from trainer_client.select.seen import TimesSeen, content_keys, keys_of, text_keys, worn
 from weighting_contract.errors import InvalidArgument
 
 
@@ -98,7 +97,7 @@ def test_contents_wear_as_the_formula_says(times: float) -> None:
     seen, counted = TimesSeen(ahead=1, times=times), Counter[int]()
     batches: list[np.ndarray] = []
     contents = np.arange(60, dtype=np.uint64) * np.uint64(977)
-    worn = 0
+    found_worn = 0
     for step in range(50):
         for earlier in batches[max(0, step - 2) : max(0, step - 1)]:  # one more step may be known
             counted.update(earlier.tolist())
@@ -107,10 +106,10 @@ def test_contents_wear_as_the_formula_says(times: float) -> None:
         usual = np.median([counted[int(key)] for batch in known for key in batch]) if known else 0
         expected = [max(0, counted[int(key)] - 2 * usual) / times if times and known else 0 for key in contents]
         np.testing.assert_allclose(found, expected)
-        worn += int((found > 0).sum())
+        found_worn += int((found > 0).sum())
         batches.append(np.where(rng.random(16) < 0.2, contents[:1], rng.choice(contents, 16)))  # one again and again
         seen.trained(step, batches[-1])
-    assert (worn > 0) == (times > 0)
+    assert (found_worn > 0) == (times > 0)
 
 
 def test_what_is_seen_as_often_as_its_like_does_not_wear() -> None:
@@ -123,7 +122,7 @@ def test_what_is_seen_as_often_as_its_like_does_not_wear() -> None:
 def test_wear_is_taken_off_the_logs_of_weights() -> None:
     weights, wear = np.array([4, 2, 1, 1, 0], np.float32), np.array([0.5, 0, 1, 0, 0])
     expected = weights * np.exp(-wear)
-    np.testing.assert_allclose(_worn(weights, wear), expected * 5 / expected.sum(), rtol=1e-6)
-    assert _worn(weights, np.zeros(5)) is weights
-    everything = _worn(np.array([1, 1, 0], np.float32), np.array([5000.0, 5001.0, 0]))  # what has no weight gets none
+    np.testing.assert_allclose(worn(weights, wear), expected * 5 / expected.sum(), rtol=1e-6)
+    assert worn(weights, np.zeros(5)) is weights
+    everything = worn(np.array([1, 1, 0], np.float32), np.array([5000.0, 5001.0, 0]))  # what has no weight gets none
     np.testing.assert_allclose(everything, np.array([1, np.exp(-1), 0]) * 3 / (1 + np.exp(-1)), rtol=1e-6)

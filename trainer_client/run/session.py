@@ -20,6 +20,7 @@ from trainer_client.run.deliver import deliver
 from trainer_client.run.reference import RunReference
 from trainer_client.run.start import Start
 from trainer_client.run.variants import Variant
+from trainer_client.run.weigh import LEAST_SHARE
 from trainer_client.run.workspace import Workspace
 from trainer_client.settings import Timeouts
 from trainer_client.transports import is_embedded
@@ -36,7 +37,7 @@ SELECT_SPEC = WeighterSpec(  # reads a reference's statistics; candidates may be
 )
 WEIGHT_SPEC = WeighterSpec(  # reads the trainer's; every weight above the others costs gradient noise
     features=FeatureSpec(names=COLUMNS),
-    head=HeadSpec(temperature=0.5, min_effective_share=0.4),
+    head=HeadSpec(temperature=0.5, min_effective_share=LEAST_SHARE),
     learning=LearningSpec(learning_rate=3e-3, settle_after=48),
 )
 INNER_SPEC = WeighterSpec(features=FeatureSpec(names=FEATURE_NAMES))  # the target had its say when they were selected

@@ -21,7 +21,7 @@ from trainer_client.run.task import Task
 from trainer_client.run.teach import MetaBatch
 from weighting_contract.columns import needs_profile
 
-LEAST_SHARE = 0.4  # effective, inside a batch: of weighters that were taught before, whose own guard may be another
+LEAST_SHARE = 0.4  # effective, inside a batch; also of weighters that were taught before, with a guard of their own
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import io
 import zipfile
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,7 @@ def content_keys(tokens: np.ndarray, lengths: np.ndarray | None = None) -> np.nd
     values = tokens.astype(np.uint64) + np.uint64(1)
     if lengths is not None:
         values[np.arange(tokens.shape[1]) >= np.asarray(lengths)[:, None]] = 0
-    # One odd factor a place: a universal hash (Dietzfelbinger et al. 1997), of which the high bits are the good ones.
-    factors = np.random.default_rng(0).integers(0, 1 << 63, tokens.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
-    return _mixed((values * factors).sum(1, dtype=np.uint64))
+    return _mixed((values * _factors(tokens.shape[1])).sum(1, dtype=np.uint64))
 
 
 def text_keys(texts: Sequence[str]) -> np.ndarray:
@@ -55,6 +54,16 @@ def keys_of(tokens: Any, lengths: Any) -> np.ndarray | None:
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
         return None
     return content_keys(ids, None if lengths is None else as_array(lengths, "lengths"))
+
+
+def worn(weights: np.ndarray, wear: np.ndarray) -> np.ndarray:
+    """[N] float32 of mean 1: weights [N] with so much taken off their logs; as they are where nothing is."""
+    if not wear.any() or not weights.any():
+        return weights
+    least = wear[weights > 0].min()  # of those that can be kept
+    less = weights * np.exp(np.minimum(0.0, least - wear))
+    result: np.ndarray = (less * (len(less) / less.sum())).astype(np.float32)
+    return result
 
 
 class TimesSeen:
@@ -144,6 +153,15 @@ class TimesSeen:
 
     def _cells(self, keys: np.ndarray) -> list[np.ndarray]:
         return [(keys >> np.uint64(20 * row)) & np.uint64(_CELLS - 1) for row in range(_ROWS)]
+
+
+@lru_cache(maxsize=64)
+def _factors(places: int) -> np.ndarray:
+    """[places] uint64, odd, one a place, of a universal hash (Dietzfelbinger et al. 1997), whose high bits are good.
+
+    Several times as fast as a digest of each row, and a training loop waits for it.
+    """
+    return np.random.default_rng(0).integers(0, 1 << 63, places, np.uint64) * np.uint64(2) + np.uint64(1)
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from trainer_client import wire
 from trainer_client.counters import FEW_CANDIDATES, unexpected
 from trainer_client.job import Job
 from trainer_client.select.choice import Selection, choose
+from trainer_client.select.seen import worn
 from weighting_contract.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, WeighbridgeError
 from weighting_contract.tensors import as_array
 
@@ -230,7 +231,7 @@ class Selector:
     def _selected(self, asked: _Asked, batch: wire.Batch) -> Selection:
         step = asked.step
         scores = self._job.ask(batch, step, min_effective_share=self._min_effective_share, return_statistics=True)
-        weights = scores.weights if asked.wear is None else _worn(scores.weights, asked.wear)
+        weights = scores.weights if asked.wear is None else worn(scores.weights, asked.wear)
         near = self._from_first and scores.trust < 1
         kept, probes = choose(weights, self.keep, asked.probes, (self._seed, step), from_first=near)
         return Selection(
@@ -301,16 +302,6 @@ def check_settings(probes: Any, min_effective_share: Any, seed: Any) -> None:
     check_whole("seed", seed, 0)
     if not isinstance(min_effective_share, int | float) or not 0 <= min_effective_share <= 1:
         raise InvalidArgument(f"min_effective_share is {min_effective_share!r}, expected a number from 0 to 1")
-
-
-def _worn(weights: np.ndarray, wear: np.ndarray) -> np.ndarray:
-    """[N] float32 of mean 1: weights with so much off their logs; as they are where nothing is."""
-    if not wear.any() or not weights.any():
-        return weights
-    least = wear[weights > 0].min()  # of those that can be kept
-    less = weights * np.exp(np.minimum(0.0, least - wear))
-    result: np.ndarray = (less * (len(less) / less.sum())).astype(np.float32)
-    return result
 
 
 def _copied(cotangent: Any, samples: int) -> np.ndarray:

@@ -36,7 +36,7 @@ from trainer_client.run.task import Task
 from trainer_client.run.variants import Variant
 from weighting_contract.spec import HeadSpec
 
-WEIGHT_MIN_SHARE = HeadSpec().min_effective_share  # inside a batch, as a weighter's
+WEIGHT_MIN_SHARE = HeadSpec().min_effective_share  # inside a batch
 _ALIGNED_TO = 8  # validation samples of a step: more than a cotangent takes, as nothing learns from several of them
 
 OpenRecord = Callable[[], Recorder]
