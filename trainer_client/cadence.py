@@ -23,7 +23,7 @@ class Cadence:
     """
 
     every: int = 10
-    first: int = 150
+    first: int = 100
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.first < 0:

@@ -19,9 +19,9 @@ from weighting_service.scoring import Scoring
 from weighting_service.tracing import TRACER
 from weighting_service.views import MetaUpdateRequest, Taught
 from weighting_service.weighter.cotangents import centred
+from weighting_service.weighter.trust import LEAST_PROBES
 
 MAX_UPDATE_ID = 128  # characters
-LEAST_PROBES = 2  # fewer say nothing about agreement
 LARGEST_JUMP = 1e6  # of a cotangent, in its job's running RMS ...
 JUDGED_AFTER = 8  # ... which means something after as many updates
 OTHER = "other"  # reason in the metrics of a refusal that its code explains

@@ -294,7 +294,7 @@ def loader_of(count: int, batch: int = 4) -> list[Any]:
 
 def test_batches_are_chosen_from_successive_ones(server: ScriptedServer) -> None:
     client, job = open_job(server)
-    with client, job, select(loader_of(24), job, candidates=2, probes=1, ahead=1, seed=3) as batches:
+    with client, job, select(loader_of(24), job, candidates=2, probes=1, ahead=1, seed=3, warm_up=0) as batches:
         assert batches.current is None
         steps = []
         for batch in batches:
@@ -332,9 +332,18 @@ def test_reads_ahead_as_far_as_asked(server: ScriptedServer, ahead: int) -> None
 
 def test_probes_come_in_the_steps_that_are_taught(server: ScriptedServer) -> None:
     client, job = open_job(server)
-    with client, job, select(loader_of(60), job, candidates=2, probes=2, cadence=Cadence(every=3, first=2)) as batches:
+    settings: dict[str, Any] = {"candidates": 2, "probes": 2, "cadence": Cadence(every=3, first=2)}
+    with client, job, select(loader_of(60), job, **settings, warm_up=0) as batches:
         seen = [(batches.due, int(batches.current.probes.sum())) for _ in batches if batches.current is not None]
     assert seen[:7] == [(True, 2), (True, 2), (False, 0), (True, 2), (False, 0), (False, 0), (True, 2)]
+
+
+def test_as_long_as_a_model_is_new_a_falling_share_is_drawn_evenly(server: ScriptedServer) -> None:
+    client, job = open_job(server)
+    settings: dict[str, Any] = {"candidates": 2, "probes": 2, "cadence": Cadence(every=3, first=2)}
+    with client, job, select(loader_of(60), job, **settings, warm_up=4) as batches:
+        seen = [int(batches.current.probes.sum()) for _ in batches if batches.current is not None]
+    assert seen[:7] == [3, 2, 2, 2, 0, 0, 2]
 
 
 @pytest.mark.parametrize(

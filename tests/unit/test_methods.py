@@ -34,6 +34,7 @@ from trainer_client.run.recorder import Recorder
 from trainer_client.run.reference import RunReference, trained_reference
 from trainer_client.run.task import Task
 from trainer_client.run.tokenizer import train_tokenizer
+from trainer_client.select.choice import drawn_evenly
 from trainer_client.select.guard import guarded_weights
 from weighting_contract.errors import InvalidArgument
 from weighting_service.weighter.normalise import to_weights
@@ -309,6 +310,20 @@ def test_at_temperature_0_the_best_are_kept_as_they_were_drawn(
         choice = chooser.choose(0)
     best = set(sorted(choice.drawn, key=lambda i: -values[i])[:KEEP])
     assert choice.indices.tolist() == [i for i in choice.drawn if i in best]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_in_a_warm_up_a_judge_does_not_choose_all(
+    task: Task, model: torch.nn.Module, tmp_path: Path, temperature: float
+) -> None:
+    values = np.random.default_rng(0).normal(size=len(task.train))
+    with Recorder(tmp_path / "record", KEEP, CANDIDATES) as recorder:
+        judge, sharpness = StaticJudge(values), Sharpness(temperature, 0.1)
+        chooser = JudgedChooser(judge, sharpness, task, model, recorder, KEEP, warm_up=2)
+        choices = [chooser.choose(step) for step in range(3)]
+    assert [choice.probes for choice in choices] == [drawn_evenly(step, KEEP, 2) for step in range(3)]
+    assert choices[0].probes > choices[1].probes > choices[2].probes == 0
+    assert all(len(set(choice.indices)) == KEEP for choice in choices)
 
 
 def test_losses_of_candidates_cost_a_forward_pass(task: Task, model: torch.nn.Module, tmp_path: Path) -> None:

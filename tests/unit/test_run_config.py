@@ -287,3 +287,10 @@ def test_saved_settings_that_are_not_settings_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {"no_such_field": 1}}')
     with pytest.raises(InvalidArgument, match="not the settings of a run"):
         load(tmp_path / "config.json")
+
+
+def test_a_learned_choice_warms_up_and_others_where_they_are_told_to():
+    assert [parse([]).warm_up_of(method) for method in ("dwm", "dsir", "rho")] == [100, 0, 0]
+    told = parse(["--select-warmup", "30"])
+    assert [told.warm_up_of(method) for method in ("dwm", "dsir")] == [30, 30]
+    assert parse(["--select-warmup", "0"]).warm_up_of("dwm") == 0

@@ -22,6 +22,7 @@ from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task, to_tensor
 from trainer_client.run.teach import MetaBatch
 from trainer_client.select import Selection, Selector
+from trainer_client.select.choice import drawn_evenly, highest
 from trainer_client.select.seen import TimesSeen, content_keys
 from weighting_contract.columns import COLUMNS
 from weighting_contract.ngrams import ngram_log_ratio
@@ -77,14 +78,20 @@ class MostAlike:
     2023, arXiv 2302.03169; without its resampling noise).
     """
 
-    def __init__(self, task: Task, keep: int) -> None:
-        self._task, self._keep = task, keep
+    def __init__(self, task: Task, keep: int, warm_up: int = 0) -> None:
+        """
+        Args:
+            keep: samples of a batch.
+            warm_up: first steps, in which some are drawn evenly (`drawn_evenly`).
+        """
+        self._task, self._keep, self._warm_up = task, keep, warm_up
         self._likeness = likeness(task)
 
     def choose(self, step: int) -> Choice:
         drawn = self._task.candidate_order.indices(step)
-        best = np.sort(np.argsort(-self._likeness[drawn], kind="stable")[: self._keep])
-        return Choice(drawn[best], drawn, probes=0)
+        evenly = drawn_evenly(step, self._keep, self._warm_up)
+        kept = highest(self._likeness[drawn], self._keep, evenly, (self._task.seed, step))
+        return Choice(drawn[kept], drawn, evenly)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -117,20 +124,20 @@ class Selected:
         task: Task,
         cadence: Cadence,
         columns: tuple[str, ...] = COLUMNS,
-        probes: int | None = None,
     ) -> None:
         """
         Args:
             columns: what the weighter reads of each sample, in its order.
-            probes: of a step that is taught; None: the config's.
         """
         self._job, self._recorder, self._task, self._cadence = job, recorder, task, cadence
         self._columns = columns
         self._steps, self._ahead = config.steps, config.ahead
+        self._keep, self._probes = config.batch_size, config.probes
+        self._warm_up = config.warm_up_of("dwm")
         self._selector = Selector(
             job,
-            keep=config.batch_size,
-            probes=config.probes if probes is None else probes,
+            keep=self._keep,
+            probes=self._probes,
             min_effective_share=config.select_min_share,
             seed=config.seed,
             from_first=True,
@@ -203,10 +210,11 @@ class Selected:
         for step in range(self._next, min(last, self._steps - 1) + 1):
             if self._recorder.get(step) is None:
                 drawn = self._task.candidate_order.indices(step)
+                taught = self._probes if self._cadence.due(step) else 0
                 self._selector.submit(
                     step,
                     self._task.train.tokens[drawn],
-                    probes=None if self._cadence.due(step) else 0,
+                    probes=max(taught, drawn_evenly(step, self._keep, self._warm_up)),
                     wear=self._seen.wear(step, self._contents[drawn]),
                 )
                 self._taught_before[step] = self._taught

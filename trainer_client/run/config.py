@@ -22,6 +22,7 @@ from trainer_client.flags import add_flags, check_fields, credential_arguments, 
 from trainer_client.run.config_file import read_settings
 from trainer_client.run.methods.names import JUDGED
 from trainer_client.run.variants import LABELS, METHODS, MODES, ROLES, Variant, label_of, variant_of
+from trainer_client.select.choice import WARM_UP
 from trainer_client.select.seen import TIMES_TO_WEAR
 from trainer_client.transports import check_url
 from weighting_contract.errors import InvalidArgument
@@ -96,7 +97,7 @@ class RunConfig:
     candidates: int = setting(5, "selection: candidates a place in the batch", least=1)
     probes: int = setting(
         4,
-        "selection: samples of a taught batch that are drawn evenly, for the trust; in a frozen job twice as many",
+        "selection: samples of a taught batch that are drawn evenly, for the trust",
         least=0,
     )
     ahead: int = setting(2, "selection: steps that candidates are scored ahead of training", least=0)
@@ -105,6 +106,12 @@ class RunConfig:
         TIMES_TO_WEAR,
         "selection: times trained on, beyond twice the usual, that divide a content's weight by e (0: never)",
         least=0,
+    )
+    select_warmup: int = setting(
+        -1,
+        "selection: first steps, in which a falling share of each batch is drawn evenly (-1: 100, for other methods "
+        "than dwm none)",
+        least=-1,
     )
     reference: str = setting(
         "auto", "selection: auto (trained on the data, cached), a reference's folder, or its name at the service"
@@ -129,13 +136,11 @@ class RunConfig:
     meta_every: int = setting(0, "steps between meta-updates (0: 10)", least=0)
     meta_first: int = setting(
         -1,
-        "selection: first steps, which have a meta-update each (-1: 150, where a taught weighter goes on 48)",
+        "selection: first steps, which have a meta-update each (-1: 100, where a taught weighter goes on 48)",
         least=-1,
     )
     meta_batch: int = setting(12, "samples of the batch that a meta-update carries")
-    val_batch: int = setting(
-        4, "validation samples behind a cotangent; a frozen weighter's job takes twice as many", least=1
-    )
+    val_batch: int = setting(4, "validation samples behind a cotangent", least=1)
     schedule: str = setting("online", "teach during training, or between stages of pinned weights", SCHEDULES)
     stages: int = setting(5, "stages of the staged schedule", least=1)
     stage_updates: int = setting(30, "meta-updates between two stages", least=1)
@@ -256,17 +261,14 @@ class RunConfig:
         """The steps in which the weighter of a variant is taught. Inside a batch it is not in a hurry."""
         if not variant.selects:
             return Cadence(self.meta_every or CADENCE_INSIDE.every, CADENCE_INSIDE.first)
-        goes_on = (variant.pretaught or variant.from_export) and variant.role != "frozen"
-        first = TAUGHT_FIRST if goes_on else Cadence.first  # a frozen job's many probes keep wrong trust short
+        first = TAUGHT_FIRST if variant.pretaught or variant.from_export else Cadence.first
         return Cadence(self.meta_every or Cadence.every, first if self.meta_first < 0 else self.meta_first)
 
-    def validation_samples(self, variant: Variant) -> int:
-        """Behind a cotangent. A frozen job's only measure its trust, whose t is as large as they are free of noise."""
-        return self.val_batch * (2 if variant.role == "frozen" else 1)
-
-    def probes_of(self, variant: Variant) -> int:
-        """Of a step that is taught; in a frozen job they are all that there is to its trust."""
-        return min(self.batch_size, self.probes * (2 if variant.role == "frozen" else 1))
+    def warm_up_of(self, method: str) -> int:
+        """First steps of a run of that method in which a part of a batch that is chosen is drawn evenly all the same."""
+        if self.select_warmup < 0:
+            return WARM_UP if method == "dwm" else 0
+        return self.select_warmup
 
     @property
     def main(self) -> Variant:

@@ -223,7 +223,7 @@ def _costs(job: RunJob) -> Iterator[Line]:
             parameters,
             config.hypergradient,
             config.meta_batch * config.seq_len,
-            config.validation_samples(variant) * config.seq_len,
+            config.val_batch * config.seq_len,
         )
         updates = _updates(config, variant)
         scoring = 0.0

@@ -255,7 +255,6 @@ class _Run:
                     model,
                     attached.learners,
                     config.cadence(self._variant),
-                    config.validation_samples(self._variant),
                     held_out=held_out,
                     ranks=ranks,
                 )
@@ -330,7 +329,7 @@ class _Run:
     def _chooser(self, session: WeighterSession | None, model: torch.nn.Module, stack: ExitStack) -> Chooser:
         config, task = self._config, self._task
         if self._variant.method == "dsir":
-            return MostAlike(task, config.batch_size)
+            return MostAlike(task, config.batch_size, config.warm_up_of("dsir"))
         path = self._workspace.selection_record(self._variant.label)
         if config.replay_weights and self._variant.records_choice:
             return ReplayedChoice(path, config, task)
@@ -343,8 +342,7 @@ class _Run:
         if session is None or session.selecting is None:
             return AsDrawn(task.order)
         columns = self._job.start.columns if self._variant.from_export and self._job.start else COLUMNS
-        cadence, probes = config.cadence(self._variant), config.probes_of(self._variant)
-        return Selected(session.selecting, open_record(), config, task, cadence, columns, probes)
+        return Selected(session.selecting, open_record(), config, task, config.cadence(self._variant), columns)
 
     def _weigher(self, session: WeighterSession | None, model: torch.nn.Module, stack: ExitStack) -> Weigher:
         config, variant = self._config, self._variant

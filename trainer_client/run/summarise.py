@@ -91,7 +91,7 @@ def _compute(loop: Loop, variant: Variant, choices: Sequence[Choice], reference:
     return Compute(
         training_flops=training_flops(parameters, config.steps * config.batch_size * config.seq_len),
         teaching_flops=teaching_flops(
-            parameters, config.hypergradient, taught * config.meta_batch, taught * config.validation_samples(variant)
+            parameters, config.hypergradient, taught * config.meta_batch, taught * config.val_batch
         ),
         scoring_flops=_scoring_flops(loop, choices, reference),
         reference_flops=trained + sum(judged.trained_flops for judged in _judged(loop)),

@@ -78,7 +78,6 @@ class Teacher:
         model: torch.nn.Module,
         learners: Sequence[Learner],
         cadence: Cadence,
-        validation_samples: int,
         *,
         held_out: bool = False,
         ranks: Ranks | None = None,
@@ -86,12 +85,11 @@ class Teacher:
         """
         Args:
             learners: none on all ranks but the first.
-            validation_samples: behind each cotangent, drawn anew.
             held_out: cotangents are towards the validation samples that no profile is made of.
         """
         self._held_out, self._ranks = held_out, ranks or Ranks.alone()
         self._config, self._task, self._model, self._learners = config, task, model, learners
-        self._cadence, self._validation_samples = cadence, validation_samples
+        self._cadence = cadence
         self._device = next(model.parameters()).device
         self.counts = TaughtCounts()
 
@@ -175,7 +173,7 @@ class Teacher:
         self.counts.sent += self._ranks.from_first(teach)
 
     def _validation(self, step: int, draw: int = 0) -> torch.Tensor:
-        return self._task.validation_draw(step, self._validation_samples, self._device, draw, held_out=self._held_out)
+        return self._task.validation_draw(step, self._config.val_batch, self._device, draw, held_out=self._held_out)
 
     def _cotangent(
         self, step: int, tokens: torch.Tensor, samples: torch.Tensor, validation: torch.Tensor, learning_rate: float

@@ -19,7 +19,7 @@ import numpy as np
 from trainer_client.cadence import Cadence
 from trainer_client.counters import unexpected
 from trainer_client.job import Job
-from trainer_client.select.choice import Selection
+from trainer_client.select.choice import WARM_UP, Selection, drawn_evenly
 from trainer_client.select.collate import Tokens, count_rows, find_tokens, join, pick
 from trainer_client.select.seen import TIMES_TO_WEAR, TimesSeen, keys_of
 from trainer_client.select.selector import Selector, check_settings, check_whole
@@ -39,6 +39,7 @@ def select(
     start_step: int = 0,
     cadence: Cadence | None = None,
     wear: float = TIMES_TO_WEAR,
+    warm_up: int = WARM_UP,
 ) -> SelectedBatches:
     """Batches of the loader's own structure and size B, each chosen from `candidates` successive ones.
 
@@ -58,6 +59,8 @@ def select(
         cadence: the steps to be taught in, None: `Cadence()`; `SelectedBatches.due` says when one has come.
         wear: times that a content is trained on, beyond twice the usual, that divide its weight by e
             (`TimesSeen.wear`); 0: never.
+        warm_up: first steps of a new model, in which a falling share of each batch is drawn evenly (`drawn_evenly`); 0
+            for a model that was trained before.
 
     Raises:
         InvalidArgument: numbers that can't be right; while iterating, batches that nothing can be chosen from.
@@ -74,6 +77,7 @@ def select(
         start_step,
         cadence or Cadence(),
         wear,
+        warm_up,
     )
 
 
@@ -110,8 +114,10 @@ class SelectedBatches:
         start_step: int,
         cadence: Cadence,
         wear: float,
+        warm_up: int,
     ) -> None:
         check_whole("candidates", candidates, 1)
+        check_whole("warm_up", warm_up, 0)
         check_whole("ahead", ahead, 0)
         check_whole("start_step", start_step, 0)
         check_settings(probes, min_effective_share, seed)
@@ -121,7 +127,7 @@ class SelectedBatches:
         self._loader, self._job, self._tokens = loader, job, tokens
         self._candidates, self._ahead = candidates, ahead
         self._probes, self._min_effective_share, self._seed = probes, min_effective_share, seed
-        self._cadence = cadence
+        self._cadence, self._warm_up = cadence, warm_up
         self._seen = TimesSeen(ahead, wear)
         self._selector: Selector | None = None  # made once the first batch has shown its size
         self._submitted = False
@@ -234,7 +240,8 @@ class SelectedBatches:
             error = exc if isinstance(exc, WeighbridgeError) else unexpected("tokens", exc)
             self._selector.refuse(step, rows, error)
         else:
-            probes = None if self._cadence.due(step) else 0
+            probes = self._probes if self._cadence.due(step) else 0
+            probes = max(probes, drawn_evenly(step, self._selector.keep, self._warm_up))
             wear = None if contents is None else self._seen.wear(step, contents)
             self._selector.submit(step, tokens, lengths, probes=probes, wear=wear)
             self._submitted = True

@@ -12,6 +12,9 @@ import numpy as np
 
 from weighting_contract.errors import InvalidArgument
 
+WARM_UP = 100  # steps; by measurement, docs/method.md
+_EVEN_AT_FIRST = 0.75  # of a batch
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -27,6 +30,32 @@ class Selection:
     weights: np.ndarray  # [B] float32 of those kept, of mean 1 over all candidates; on a fallback all 1
     all_statistics: np.ndarray | None = None  # [N, F] float32 of all candidates; None where `statistics` is
     computed_samples: int | None = None  # candidates that the reference computed for it; None: not known, or a fallback
+
+
+def drawn_evenly(step: int, keep: int, warm_up: int) -> int:
+    """Samples of a step's batch that are drawn evenly as the model is new: three quarters at first, none from `warm_up` on.
+
+    What all texts have in common is learned first, and from all of them sooner than from those that are preferred.
+
+    Args:
+        step: of the optimiser, from 0.
+        keep: samples of the batch.
+        warm_up: steps; 0: none are drawn so.
+    """
+    return round(_EVEN_AT_FIRST * keep * max(0.0, 1 - step / warm_up)) if warm_up else 0
+
+
+def highest(scores: np.ndarray, keep: int, evenly: int, seed: Sequence[int]) -> np.ndarray:
+    """[keep] int64 of N candidates: `evenly` that are drawn from all N, then those of the highest scores as they came.
+
+    Args:
+        scores: [N].
+        keep, evenly, seed: as of `choose`, with `evenly` for its probes.
+    """
+    drawn = np.random.default_rng(seed).choice(len(scores), evenly, replace=False)
+    order = np.argsort(-scores, kind="stable")
+    best = order[~np.isin(order, drawn)][: keep - evenly]
+    return np.concatenate([drawn, np.sort(best)]).astype(np.int64)
 
 
 def choose(

@@ -100,9 +100,13 @@ class Selector:
             step: of the optimiser.
             tokens: [N, T] integer ids, rows padded on the right, or N texts; they are read later, by another thread.
             lengths: [N] integer, real tokens of each row; None: T.
-            probes: in place of the selector's, at most that many; 0 in a step that will not be taught.
+            probes: in place of the selector's, 0 to B: none in a step that will not be taught, more while the model is
+                new (`drawn_evenly`).
             wear: [N], 0 or more, taken off the logs of their weights (`TimesSeen.wear`); None: nothing.
         """
+        probes = self._probes if probes is None else probes
+        if not 0 <= probes <= self.keep:
+            raise InvalidArgument(f"probes is {probes}, expected from 0 to {self.keep}, the samples of a batch")
         texts = tokens if isinstance(tokens, list) and all(isinstance(t, str) for t in tokens) else None
         batch = wire.Batch(tokens=None if texts else tokens, lengths=lengths, texts=texts)
         rows = batch.rows()
@@ -111,7 +115,6 @@ class Selector:
         elif rows <= self.keep:
             self._put(_Asked(step, rows), None)
         else:
-            probes = self._probes if probes is None else min(probes, self._probes)
             asked = _Asked(step, rows, probes, batch, wear)
             self._put(asked, partial(self._score, asked))
 

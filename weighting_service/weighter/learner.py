@@ -35,7 +35,7 @@ from weighting_service.weighter.normalise import guarded, to_weights, weights_of
 from weighting_service.weighter.optimiser import AdamW, Layout, clipped
 from weighting_service.weighter.pretrained import Pretrained
 from weighting_service.weighter.state import State, check_tensors, state_from_json, state_to_json
-from weighting_service.weighter.trust import probe_agreement
+from weighting_service.weighter.trust import COST_OF_CHOICE, LEAST_PROBES
 
 
 @dataclass(frozen=True)
@@ -235,11 +235,10 @@ class Weighter(Pretrained):
         agreement = correlation(-cotangent, given)
         job = self._jobs.get(update.job_id, JobSignal()).observe(cotangent, agreement, learning.cotangent_memory)
         taught = scaled(cotangent, job.rms(learning.cotangent_memory), learning)
-        logit_std, probes = float(given.std()), update.drawn_evenly
-        seen = probe_agreement(taught[probes], given[probes], logit_std)
-        if seen is not None:
-            job = replace(job, trust=job.trust.add(seen))
-        return _Heard(samples, taught, job, agreement, logit_std)
+        if update.drawn_evenly.sum() >= LEAST_PROBES and np.ptp(given) > 0:
+            cost = COST_OF_CHOICE if update.estimator is Estimator.SCORE_FUNCTION else 0.0
+            job = replace(job, trust=job.trust.add(agreement - cost))
+        return _Heard(samples, taught, job, agreement, float(given.std()))
 
     def _learn(self, heard: _Heard, estimator: Estimator) -> _Lesson | None:
         """One optimiser step; None, and nothing changed, where a number isn't finite."""

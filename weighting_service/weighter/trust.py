@@ -1,8 +1,10 @@
 """How far a weighter's word has proved right for a job: the factor in [0, 1] on the job's logits.
 
-Samples that were drawn evenly, whatever their weights, are probes: whether a high logit went with a helpful sample
-(a negative cotangent) can be seen on them without bias. Plain float64 arithmetic on the CPU, so that it is the same on
-every device. Knows no model and nothing of how a weighter learns.
+What an update says is the correlation of -cotangent with the logits given before, over its samples: whether a high logit
+went with a helpful sample. Samples that were chosen by their logits count as well, as a choice by the one side of a
+regression does not bias its slope; but without some that were drawn evenly, the *probes*, logits would differ too little
+to say much. From the correlation of samples that were chosen, `COST_OF_CHOICE` is taken. Plain float64 arithmetic on the CPU, so that it is the same on every device. Knows no model and nothing of
+how a weighter learns.
 """
 
 from __future__ import annotations
@@ -10,17 +12,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
-MEMORY = 0.99  # of the moments, per probed update: the last hundred count
+MEMORY = 0.98  # of the moments, per probed update: the last fifty count
+LEAST_PROBES = 2  # of an update that counts
 LEAST_UPDATES = 8  # probed ones; before, nothing is held against the weighter
+COST_OF_CHOICE = 0.1  # what choosing gains in one step by less, it loses by seeing fewer samples more often
 DISTRUSTED_T, T_RANGE = 2.5, 1.5  # trust is 0 up to t = 2.5 and whole from t = 4 on
 LARGEST_T = 1e6  # in place of infinity, where every update agreed to the same degree
 
 
 @dataclass(frozen=True)
 class TrustSignal:
-    """Exponentially weighted moments of `probe_agreement` over the updates so far; the newest has the weight 1."""
+    """Exponentially weighted moments of what each update so far says, x; the newest has the weight 1."""
 
     updates: int = 0  # probed ones
     weight: float = 0.0  # sum of the weights w
@@ -64,26 +66,3 @@ class TrustSignal:
         if self.updates < LEAST_UPDATES:
             return 1.0
         return min(max((self.t - DISTRUSTED_T) / T_RANGE, 0.0), 1.0)
-
-
-def probe_agreement(
-    cotangent: np.ndarray,  # [P]
-    logits: np.ndarray,  # [P]
-    logit_std: float,
-) -> float | None:
-    """How well the logits of an update's probes went with what the probes turned out to be worth.
-
-        x = mean over the probes of  -c * (z - mean of z) / std
-
-    Args:
-        cotangent: the probes' part of the batch's cotangent, centred and in units of its job's running RMS, clipped.
-        logits: theirs, as given before the update was learned.
-        logit_std: standard deviation of the logits of the whole batch.
-
-    Returns:
-        Positive where more weight helped; None where the probes say nothing: fewer than two, or all of one logit.
-    """
-    if len(logits) < 2 or np.ptp(logits) == 0:
-        return None
-    z = logits.astype(np.float64)
-    return float(np.mean(-cotangent.astype(np.float64) * (z - z.mean())) / logit_std)

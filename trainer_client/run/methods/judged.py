@@ -23,7 +23,7 @@ from trainer_client.run.preferences import UNKNOWN, loss_quarters
 from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task
 from trainer_client.run.weigh import Weights
-from trainer_client.select.choice import choose
+from trainer_client.select.choice import choose, drawn_evenly, highest
 from weighting_contract.errors import InvalidArgument
 
 Passes = Callable[[], AbstractContextManager[Any]]  # around the trainer's forward passes, such as autocast
@@ -45,22 +45,25 @@ class JudgedChooser:
         recorder: Recorder,
         keep: int,
         passes: Passes = nullcontext,
+        warm_up: int = 0,
     ) -> None:
         """
         Args:
             model: the trainer's, for the losses of candidates where the judge reads them.
             recorder: of the run's choices, with `keep` of the candidates of a step.
             keep: samples of a batch.
+            warm_up: first steps, in which some are drawn evenly (`drawn_evenly`).
         """
         self._judge, self._sharpness, self._task = judge, sharpness, task
         self._model, self._recorder, self._keep, self._passes = model, recorder, keep, passes
+        self._warm_up = warm_up
         self._device = next(model.parameters()).device
 
     def choose(self, step: int) -> Choice:
         drawn = self._task.candidate_order.indices(step)
         record = self._recorder.get(step) or self._judged(step, drawn)
         kept = drawn[record.kept]
-        return Choice(kept, drawn, probes=0, quarters=record.quarters)
+        return Choice(kept, drawn, record.probes, quarters=record.quarters)
 
     def flops(self, steps: int) -> float:
         """What judging the candidates of so many steps takes, the losses of all of them included."""
@@ -87,12 +90,13 @@ class JudgedChooser:
             losses = self._losses(tokens)
             logits = self._judge.logits(step, drawn, tokens, losses)
         weights = self._sharpness.weights(logits, step)
+        seed, evenly = (self._task.seed, step), drawn_evenly(step, self._keep, self._warm_up)
         if self._sharpness.temperature == 0:
-            kept = np.sort(np.argsort(-logits, kind="stable")[: self._keep])
+            kept = highest(logits, self._keep, evenly, seed)
         else:
-            kept, _ = choose(weights, self._keep, 0, (self._task.seed, step), from_first=True)
+            kept, _ = choose(weights, self._keep, evenly, seed, from_first=True)
         quarters = None if losses is None else loss_quarters(losses.float().cpu().numpy())[kept]
-        record = _record(step, np.ones(self._keep, np.float32), kept, quarters)
+        record = _record(step, np.ones(self._keep, np.float32), kept, quarters, evenly)
         self._recorder.append(record)
         return record
 
@@ -185,12 +189,14 @@ class LabelledBatches:
         pass
 
 
-def _record(step: int, weights: np.ndarray, kept: np.ndarray, quarters: np.ndarray | None = None) -> Record:
+def _record(
+    step: int, weights: np.ndarray, kept: np.ndarray, quarters: np.ndarray | None = None, evenly: int = 0
+) -> Record:
     return Record(
         step=step,
         weights=weights,
         kept=kept,
-        probes=0,
+        probes=evenly,
         position=0,
         fallback=False,
         trust=1.0,

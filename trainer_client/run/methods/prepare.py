@@ -111,8 +111,8 @@ class Methods:
             return LabelledBatches(self.task, self.labelled, self.config.batch_size)
         judge, temperature = self._judge(variant.method, model), self._temperature(variant.method)
         sharpness = Sharpness(temperature, self.config.select_min_share)
-        keep, passes = self.config.batch_size, self._passes(model)
-        return JudgedChooser(judge, sharpness, self.task, model, open_record(), keep, passes)
+        keep, warm_up = self.config.batch_size, self.config.warm_up_of(variant.method)
+        return JudgedChooser(judge, sharpness, self.task, model, open_record(), keep, self._passes(model), warm_up)
 
     def weigher(self, variant: Variant, model: torch.nn.Module, open_record: OpenRecord) -> JudgedWeigher:
         """Gives a judged run that weighs the weights of its batches; `model` is its trainer."""
