@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 TAUGHT, VALIDATION = 16, 8  # samples behind a cotangent: more than in a run, as it is taught once for all
 TAUGHT_EVERY, TAUGHT_FIRST = 4, 48
 TAUGHT_AS = replace(SELECT_SPEC, learning=replace(SELECT_SPEC.learning, settle_after=0))  # it has two teachers
-# Once it knows something, small steps lose less of it: a tenth of that rate loses nothing in 600 steps of wiki.
+# Once it knows something, small steps lose less of it (docs/method.md).
 USED_AS = replace(TAUGHT_AS, learning=replace(TAUGHT_AS.learning, learning_rate=3e-5))
 
 

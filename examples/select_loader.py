@@ -29,6 +29,7 @@ from trainer_client.select import select
 
 TOKENS, BATCH, CANDIDATES, LEARNING_RATE = 32, 16, 4, 3e-3
 TAUGHT = 8  # samples of a batch: the first, which its probes are among
+WARM_UP = 16  # steps; as few as this run has, leave it out in a real one
 SHARES = {"topics": 0.2, "code": 0.4, "tables": 0.4}
 
 
@@ -105,7 +106,7 @@ def train(url: str, steps: int) -> Counter[str]:
             tokenizer_checksum=reference.tokenizer_checksum,
             profile=described,
         ) as job:
-            batches = select(loader, job, candidates=CANDIDATES)  # (3) instead of the loader
+            batches = select(loader, job, candidates=CANDIDATES, warm_up=WARM_UP)  # (3) instead of the loader
             for step, batch in zip(range(steps), batches, strict=False):
                 ids = batch["input_ids"]
                 loss = sample_losses(model, ids).mean()

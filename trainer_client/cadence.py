@@ -12,11 +12,11 @@ class Cadence:
     """The steps of a run that have a meta-update.
 
     Many at first: trust and a fresh weighter are decided early, where most is to be gained, and a run's first steps are
-    few. Only these steps need probes, which are drawn evenly and so cost what selecting gains.
+    few. Only these steps need probes, which are drawn evenly and so cost what selecting gains once a model is warm.
 
     Args:
         every: steps between two meta-updates.
-        first: steps at the beginning that have one each; a weighter that goes on learning wants fewer (TAUGHT_FIRST).
+        first: steps at the beginning that have one each; fewer where a weighter was taught before (TAUGHT_FIRST).
 
     Raises:
         InvalidArgument: `every` below 1 or `first` below 0.
@@ -37,4 +37,4 @@ class Cadence:
 
 
 CADENCE_INSIDE = Cadence(first=0)  # for weights inside a batch, which are in no hurry
-TAUGHT_FIRST = 48  # `first` where a taught weighter goes on learning: more would move it from what it knows
+TAUGHT_FIRST = 48  # `first` where a weighter was taught before: trust needs no more, and more would move it

@@ -224,8 +224,8 @@ class Job:
             scored_position: `Scores.position` of the step's weights; None: that of the last score.
             estimator: "vjp" for samples as they were drawn, "score_function" for samples selected by their weights.
             update_id: idempotency key within the job; None: the step.
-            probes: [B] bool, the samples that were drawn evenly, whatever their weight: they count for the job's
-                trust. All that a frozen job may send.
+            probes: [B] bool, the samples that were drawn evenly, whatever their weight: an update with two or more
+                counts for the job's trust. A frozen job's with fewer are refused.
 
         Raises:
             WeighbridgeError: only with `on_failure="raise"`; there also for an earlier update that was refused.

@@ -47,6 +47,7 @@ class _Beginning:
     spec: WeighterSpec
     initial: str = ""  # as of its record
     files: Mapping[str, bytes] | None = None  # of the export that it starts from
+    given: Mapping[str, Any] | None = None  # what was asked for of the spec, where the rest is the export's
 
 
 class Weighters(Roster):
@@ -89,9 +90,9 @@ class Weighters(Roster):
             return _Beginning(WeighterSpec.from_dict(dict(spec)))
         export = self._states.packaged_files() if initial else dict(files)
         info = check_export(export, "the export")
-        if not (spec.get("features") or spec.get("tokens")):
-            spec = _over(info.spec.to_dict(), spec)
-        return _Beginning(WeighterSpec.from_dict(dict(spec)), initial or info.initial, export)
+        given = None if spec.get("features") or spec.get("tokens") else spec
+        whole = spec if given is None else _over(info.spec.to_dict(), given)
+        return _Beginning(WeighterSpec.from_dict(dict(whole)), initial or info.initial, export, given)
 
     def _check_room(self, name: str) -> None:
         """Raises where the name is that of a weighter that is not served, or its tenant has all that it may have."""
@@ -132,6 +133,8 @@ class Weighters(Roster):
 
     def _existing(self, entry: Entry, begun: _Beginning, exist_ok: bool) -> WeighterView:
         record, spec = entry.record, begun.spec
+        if begun.given is not None:  # a release may bring the packaged weighter with other settings
+            spec = WeighterSpec.from_dict(_over(record.spec.to_dict(), begun.given))
         if not exist_ok:
             raise AlreadyExists(f"weighter {record.name!r} exists; choose another name or set exist_ok")
         if record.spec != spec:

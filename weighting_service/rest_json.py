@@ -170,7 +170,7 @@ class MetaUpdateBody(Body):
     probes: list[Annotated[int, Field(ge=-INT64, le=INT64)]] | None = Field(
         None, description="[B] 1 for samples that were drawn evenly, else 0"
     )
-    trust_only: bool = Field(False, description="the probes count for the job's trust, nothing is learned")
+    trust_only: bool = Field(False, description="it counts for the job's trust, nothing is learned; needs two probes")
 
     def request(self) -> MetaUpdateRequest:
         return MetaUpdateRequest(

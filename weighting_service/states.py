@@ -25,6 +25,7 @@ from weighting_service.snapshots import Snapshot, SnapshotStore, parse, state_di
 from weighting_service.texts import load_tokenizer
 from weighting_service.update_log import UpdateLog
 from weighting_service.weighter import Weighter, load_parameters
+from weighting_service.weighter.state import FORMAT
 
 log = logging.getLogger(__name__)
 
@@ -226,9 +227,10 @@ def device_of(spec: WeighterSpec, device: torch.device) -> torch.device:
 
 
 def environment(device: torch.device) -> str:
-    """What the last bits of a state depend on, beside the updates."""
+    """What a state depends on beside the updates, down to its last bits."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__}, {device.type} {kind}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"format {FORMAT}, torch {torch.__version__}, {device.type} {kind}, {threads} threads"
 
 
 def _metadata(hosted: Hosted) -> Mapping[str, Any]:

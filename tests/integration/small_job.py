@@ -19,6 +19,7 @@ from trainer_client.run.metrics import read_metrics
 from trainer_client.run.recorder import Record, read_records
 
 BATCH, CANDIDATES, STEPS = 8, 3, 24
+WARM_UP = 4  # steps, so that it ends before a run is interrupted
 WORDS = {
     "prose": "the weights of a batch say how much each sample counts when the loss of the model is taken".split(),
     "tables": [str(n) for n in range(100, 140)],
@@ -38,7 +39,7 @@ def write_data(folder: Path) -> list[str]:
     files = {"--data": "train.jsonl", "--val": "val.jsonl", "--test": "test.jsonl"}
     flags = [item for flag, name in files.items() for item in (flag, str(folder / name))]
     small = f"--vocab-size 300 --seq-len 16 --batch-size {BATCH} --steps {STEPS} --meta-batch 4 --val-batch 4"
-    select = f"--candidates {CANDIDATES} --probes 2 --meta-first 0 --meta-every 4"
+    select = f"--candidates {CANDIDATES} --probes 2 --select-warmup {WARM_UP} --meta-first 0 --meta-every 4"
     rest = "--warmup-steps 2 --eval-every 6 --checkpoint-every 7 --threads 1"
     return [*flags, *small.split(), *select.split(), *rest.split()]
 

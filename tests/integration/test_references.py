@@ -150,6 +150,14 @@ def test_a_weighter_that_starts_from_the_pretaught_one(stub: Any) -> None:
     assert create(stub, spec=made.spec, initial="pretaught", exist_ok=True).created_unix_ms == made.created_unix_ms
     learning = pb.WeighterSpec(learning=pb.LearningSpec(learning_rate=0.5))
     assert create(stub, "faster", spec=learning, initial="pretaught").spec.learning.learning_rate == 0.5
+    # As one made by a release whose packaged weighter has other settings: what is not asked for may be as it is.
+    assert create(stub, "faster", initial="pretaught", exist_ok=True).spec.learning.learning_rate == 0.5
+    slower = pb.WeighterSpec(learning=pb.LearningSpec(learning_rate=0.25))
+    failing(
+        lambda: create(stub, "faster", spec=slower, initial="pretaught", exist_ok=True),
+        "ALREADY_EXISTS",
+        "another spec",
+    )
     wide = pb.WeighterSpec(head=pb.HeadSpec(width=64))
     failing(lambda: create(stub, "x", spec=wide, initial="pretaught"), "INVALID_ARGUMENT", "spec.head.width", "64")
     other = pb.WeighterSpec(features=pb.FeatureSpec(names=["loss"]))

@@ -79,7 +79,14 @@ def test_what_lies_in_the_pool_many_times_is_trained_on_less(server: ScriptedSer
     times = {}
     for wear in (0.0, RunConfig.wear):
         config = RunConfig(
-            steps=steps, batch_size=4, candidates=2, probes=1, ahead=2, wear=wear, out=str(tmp_path / f"{wear}")
+            steps=steps,
+            batch_size=4,
+            candidates=2,
+            probes=1,
+            select_warmup=0,
+            ahead=2,
+            wear=wear,
+            out=str(tmp_path / f"{wear}"),
         )
         with (
             connect(server.url, timeouts=PATIENT) as client,

@@ -338,6 +338,29 @@ def test_probes_come_in_the_steps_that_are_taught(server: ScriptedServer) -> Non
     assert seen[:7] == [(True, 2), (True, 2), (False, 0), (True, 2), (False, 0), (False, 0), (True, 2)]
 
 
+def test_without_probes_a_warm_up_does_not_count_for_the_trust(server: ScriptedServer) -> None:
+    client, job = open_job(server)
+    with client, job:
+        for probes in (0, 2):
+            selector = Selector(job, keep=4, probes=probes)
+            selector.submit(probes, candidates(0), probes=3)
+            selection = selector.result(probes)
+            assert selection.probes.tolist() == [True, True, True, False]
+            assert selector.teach(probes, COTANGENT, selection)
+            selector.close()
+    sent = [np.frombuffer(update.probes.data, np.uint8).sum() for update in server.service.requests["MetaUpdate"]]
+    assert sent == [0, 2]
+
+
+@pytest.mark.parametrize("probes", [-1, 5, 2.5])
+def test_a_number_of_probes_that_can_not_be_is_refused(server: ScriptedServer, probes: Any) -> None:
+    client, job = open_job(server)
+    with client, job:
+        selector = Selector(job, keep=4)
+        with pytest.raises(InvalidArgument, match=f"probes is {probes}"):
+            selector.submit(0, candidates(0), probes=probes)
+
+
 def test_as_long_as_a_model_is_new_a_falling_share_is_drawn_evenly(server: ScriptedServer) -> None:
     client, job = open_job(server)
     settings: dict[str, Any] = {"candidates": 2, "probes": 2, "cadence": Cadence(every=3, first=2)}
@@ -403,7 +426,7 @@ class Positioned:
 def test_the_state_is_that_of_the_last_batch_given(server: ScriptedServer, ahead: int) -> None:
     client, job = open_job(server)
     with client, job:
-        whole = select(Positioned(48), job, candidates=2, ahead=ahead)
+        whole = select(Positioned(48), job, candidates=2, ahead=ahead, warm_up=3)
         assert without_seen(whole.state_dict()) == {"step": 0, "batch_size": None, "loader": {"next": 0}}
         given, states = [], []
         for batch in whole:
@@ -412,7 +435,7 @@ def test_the_state_is_that_of_the_last_batch_given(server: ScriptedServer, ahead
         assert list(map(without_seen, states)) == [
             {"step": s, "batch_size": 4, "loader": {"next": 2 * s}} for s in range(1, 7)
         ]
-        resumed = select(Positioned(48), job, candidates=2, ahead=ahead)
+        resumed = select(Positioned(48), job, candidates=2, ahead=ahead, warm_up=3)
         resumed.load_state_dict(states[2])
         assert resumed.state_dict() == states[2]
         assert [batch.tolist() for batch in resumed] == given[3:]
@@ -421,13 +444,13 @@ def test_the_state_is_that_of_the_last_batch_given(server: ScriptedServer, ahead
 def test_a_run_that_goes_on_with_a_short_batch_keeps_its_batch_size(server: ScriptedServer) -> None:
     client, job = open_job(server)
     with client, job:
-        whole = select(Positioned(34), job, candidates=2, probes=1)
+        whole = select(Positioned(34), job, candidates=2, probes=1, warm_up=3)
         sizes, states = [], []
         for batch in whole:
             sizes.append(len(batch))
             states.append(whole.state_dict())
         assert sizes == [4, 4, 4, 4, 2]
-        resumed = select(Positioned(34), job, candidates=2, probes=1)
+        resumed = select(Positioned(34), job, candidates=2, probes=1, warm_up=3)
         resumed.load_state_dict(states[3])
         assert [len(batch) for batch in resumed] == [2]
         resumed.load_state_dict(states[0])  # the next epoch
@@ -512,7 +535,7 @@ def run(job: Job, steps: int, batch: int = 8, workers: int = 0) -> list[tuple[li
     """(ids, sources) of the batches of a loop that teaches every other step what to like."""
     loader = DataLoader(Stream(), batch_size=batch, num_workers=workers)
     taken = []
-    with select(loader, job, candidates=3, probes=2) as batches:
+    with select(loader, job, candidates=3, probes=2, warm_up=0) as batches:
         for step, given in enumerate(itertools.islice(batches, steps)):
             taken.append((given["input_ids"].tolist(), given["source"]))
             if step % 2 == 0:
@@ -558,7 +581,7 @@ def test_a_frozen_job_that_goes_on_keeps_the_same_samples(embedded: Client) -> N
     taken = []
     for part in (range(24), range(12, 24)):
         with open_real_job(embedded, weighter="frozen", role="frozen") as job:
-            batches = select([data[i] for i in part], job, candidates=3, start_step=part.start // 3)
+            batches = select([data[i] for i in part], job, candidates=3, start_step=part.start // 3, warm_up=0)
             taken.append([batch["input_ids"].tolist() for batch in batches])
             assert job.counters.unselected == 0, job.counters
     assert taken[0][4:] == taken[1]
@@ -576,7 +599,7 @@ def test_a_map_style_loader_of_tuples(embedded: Client) -> None:
     ids = torch.randint(0, 500, (48, LENGTH), generator=torch.Generator().manual_seed(0))
     loader = DataLoader(TensorDataset(torch.rand(48, 2), ids, torch.arange(48)), batch_size=8)
     with open_real_job(embedded, weighter="tuples") as job:
-        for noise, tokens, index in select(loader, job, candidates=3):
+        for noise, tokens, index in select(loader, job, candidates=3, warm_up=0):
             assert noise.shape == (8, 2)
             assert torch.equal(tokens, ids[index])
         assert job.counters.selected == 2, job.counters

@@ -141,6 +141,20 @@ def test_logits_that_are_all_alike_are_no_observation() -> None:
     assert weighter.statistics.jobs["job"].probed_updates == 0
 
 
+def test_choosing_has_to_be_worth_more_than_weighting() -> None:
+    """Logits that agree a little with what helps: enough to weigh by, too little to see samples again and again for."""
+    weighter = taught(60)
+    for position in range(weighter.position + 1, weighter.position + 401):
+        estimator = list(Estimator)[position % 2]
+        update = update_of(position, RANDOM, estimator.name, samples=64, probes=np.ones(64, bool), trust_only=True)
+        (scores,) = weighter.score([update.inputs])
+        update.cotangent[:] -= 7e-5 * scores.logits / scores.logits.std()
+        weighter.apply(position, replace(update, estimator=estimator))
+    jobs = weighter.statistics.jobs
+    assert jobs[Estimator.VJP.name].trust_t > 3
+    assert jobs[Estimator.SCORE_FUNCTION.name].trust == 0
+
+
 def test_jobs_are_trusted_as_far_as_the_weighter_is_right_for_them() -> None:
     weighter = taught(60)
     right, random, wrong = (
@@ -260,6 +274,11 @@ def test_trust_is_part_of_the_state_and_an_older_state_starts_without() -> None:
     restored.load_state(tensors, metadata)
     assert restored.statistics == weighter.statistics
     assert follow(restored, 3, HARMFUL, "wrong") == follow(weighter, 3, HARMFUL, "wrong")
+
+    counted_otherwise = {**metadata, "format": 2}
+    restored.load_state(tensors, counted_otherwise)
+    assert restored.statistics.jobs["wrong"].probed_updates == 0
+    assert restored.statistics.jobs["teacher"].updates_applied == 30
 
     older = {**metadata, "format": 1, "jobs": {name: dict(job) for name, job in metadata["jobs"].items()}}
     for job in older["jobs"].values():

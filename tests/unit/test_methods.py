@@ -34,7 +34,7 @@ from trainer_client.run.recorder import Recorder
 from trainer_client.run.reference import RunReference, trained_reference
 from trainer_client.run.task import Task
 from trainer_client.run.tokenizer import train_tokenizer
-from trainer_client.select.choice import drawn_evenly
+from trainer_client.select.choice import evenly_in_warm_up
 from trainer_client.select.guard import guarded_weights
 from weighting_contract.errors import InvalidArgument
 from weighting_service.weighter.normalise import to_weights
@@ -321,7 +321,7 @@ def test_in_a_warm_up_a_judge_does_not_choose_all(
         judge, sharpness = StaticJudge(values), Sharpness(temperature, 0.1)
         chooser = JudgedChooser(judge, sharpness, task, model, recorder, KEEP, warm_up=2)
         choices = [chooser.choose(step) for step in range(3)]
-    assert [choice.probes for choice in choices] == [drawn_evenly(step, KEEP, 2) for step in range(3)]
+    assert [choice.probes for choice in choices] == [evenly_in_warm_up(step, KEEP, 2) for step in range(3)]
     assert choices[0].probes > choices[1].probes > choices[2].probes == 0
     assert all(len(set(choice.indices)) == KEEP for choice in choices)
 

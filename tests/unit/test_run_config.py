@@ -294,3 +294,9 @@ def test_a_learned_choice_warms_up_and_others_where_they_are_told_to():
     told = parse(["--select-warmup", "30"])
     assert [told.warm_up_of(method) for method in ("dwm", "dsir")] == [30, 30]
     assert parse(["--select-warmup", "0"]).warm_up_of("dwm") == 0
+
+
+def test_a_weighter_that_was_taught_needs_fewer_first_steps():
+    for flags, first in (([], 48), (["--role", "frozen"], 48), (["--weighter-from", "none"], 100)):
+        config = parse(flags)
+        assert config.cadence(config.main).first == first

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trainer_client.select import choose
-from trainer_client.select.choice import drawn_evenly, highest
+from trainer_client.select.choice import evenly_in_warm_up, keep_highest
 from weighting_contract.errors import InvalidArgument
 
 WEIGHTS = np.array([0.4, 1.6, 0.8, 1.2, 0.0, 2.0], np.float32)
@@ -125,18 +125,18 @@ def test_what_can_not_be_chosen_from_is_refused(arguments: tuple[Any, ...], word
 
 
 def test_three_quarters_are_drawn_evenly_at_first_and_none_after_the_warm_up() -> None:
-    assert [drawn_evenly(step, 32, 100) for step in (0, 25, 50, 75, 99, 100, 10**6)] == [24, 18, 12, 6, 0, 0, 0]
-    assert [drawn_evenly(step, 1, 100) for step in (0, 99)] == [1, 0]
-    assert drawn_evenly(0, 32, 0) == 0
+    assert [evenly_in_warm_up(step, 32, 100) for step in (0, 25, 50, 75, 99, 100, 10**6)] == [24, 18, 12, 6, 0, 0, 0]
+    assert [evenly_in_warm_up(step, 1, 100) for step in (0, 99)] == [1, 0]
+    assert evenly_in_warm_up(0, 32, 0) == 0
 
 
 def test_the_highest_come_as_they_came_behind_those_drawn_evenly() -> None:
     scores = np.array([0.1, 5.0, 3.0, 4.0, 2.0, 1.0])
-    assert highest(scores, 3, 0, (0, 0)).tolist() == [1, 2, 3]
+    assert keep_highest(scores, 3, 0, (0, 0)).tolist() == [1, 2, 3]
     for seed in range(50):
-        kept = highest(scores, 3, 2, (7, seed)).tolist()
+        kept = keep_highest(scores, 3, 2, (7, seed)).tolist()
         drawn = kept[:2]
         assert kept[2] == max(set(range(6)) - set(drawn), key=lambda i: scores[i])
         assert len(set(kept)) == 3
-    drawn_first = [highest(scores, 3, 1, (7, seed))[0] for seed in range(3000)]
+    drawn_first = [keep_highest(scores, 3, 1, (7, seed))[0] for seed in range(3000)]
     assert np.bincount(drawn_first, minlength=6) == pytest.approx(500, rel=0.2), "from all candidates alike"

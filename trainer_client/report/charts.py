@@ -157,9 +157,9 @@ def signal_charts(runs: Sequence[Run], window: int) -> list[Chart]:
         trust = {run.name: series.mean(run.lines, "trust", 1, 100) for run in learned}
         panels.append(Panel("Trust", _lines(trust, styles, STEP, "trust, %", (-3, 105))))
         about += (
-            " Trust is the factor on a job's logits: 100 % while the weighter's word proves right on evenly drawn "
-            "samples; 0 %, and even weights, where it does not. It follows from t, the mean agreement over its "
-            "standard error, which the table has for the end."
+            " Trust is the factor on a job's logits: 100 % while the weighter's word proves right on what the job "
+            "sends; 0 %, and even weights, where it does not. It follows from t, which the table has for the end: the "
+            "mean agreement, less what choosing costs, over its standard error."
         )
     title = "Effective sample size and trust" if learned else "Effective sample size"
     charts = [Chart(title, about, panels, styles)]

@@ -22,7 +22,7 @@ from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task, to_tensor
 from trainer_client.run.teach import MetaBatch
 from trainer_client.select import Selection, Selector
-from trainer_client.select.choice import drawn_evenly, highest
+from trainer_client.select.choice import evenly_in_warm_up, keep_highest
 from trainer_client.select.seen import TimesSeen, content_keys
 from weighting_contract.columns import COLUMNS
 from weighting_contract.ngrams import ngram_log_ratio
@@ -82,15 +82,15 @@ class MostAlike:
         """
         Args:
             keep: samples of a batch.
-            warm_up: first steps, in which some are drawn evenly (`drawn_evenly`).
+            warm_up: first steps, in which some are drawn evenly (`evenly_in_warm_up`).
         """
         self._task, self._keep, self._warm_up = task, keep, warm_up
         self._likeness = likeness(task)
 
     def choose(self, step: int) -> Choice:
         drawn = self._task.candidate_order.indices(step)
-        evenly = drawn_evenly(step, self._keep, self._warm_up)
-        kept = highest(self._likeness[drawn], self._keep, evenly, (self._task.seed, step))
+        evenly = evenly_in_warm_up(step, self._keep, self._warm_up)
+        kept = keep_highest(self._likeness[drawn], self._keep, evenly, (self._task.seed, step))
         return Choice(drawn[kept], drawn, evenly)
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class Selected:
                 self._selector.submit(
                     step,
                     self._task.train.tokens[drawn],
-                    probes=max(taught, drawn_evenly(step, self._keep, self._warm_up)),
+                    probes=max(taught, evenly_in_warm_up(step, self._keep, self._warm_up)),
                     wear=self._seen.wear(step, self._contents[drawn]),
                 )
                 self._taught_before[step] = self._taught

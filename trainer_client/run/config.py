@@ -97,7 +97,7 @@ class RunConfig:
     candidates: int = setting(5, "selection: candidates a place in the batch", least=1)
     probes: int = setting(
         4,
-        "selection: samples of a taught batch that are drawn evenly, for the trust",
+        "selection: samples of a taught batch that are drawn evenly; with two or more it counts for the trust",
         least=0,
     )
     ahead: int = setting(2, "selection: steps that candidates are scored ahead of training", least=0)
@@ -110,7 +110,7 @@ class RunConfig:
     select_warmup: int = setting(
         -1,
         "selection: first steps, in which a falling share of each batch is drawn evenly (-1: 100, for other methods "
-        "than dwm none)",
+        "than dwm none; the oracle never has any)",
         least=-1,
     )
     reference: str = setting(
@@ -136,7 +136,7 @@ class RunConfig:
     meta_every: int = setting(0, "steps between meta-updates (0: 10)", least=0)
     meta_first: int = setting(
         -1,
-        "selection: first steps, which have a meta-update each (-1: 100, where a taught weighter goes on 48)",
+        "selection: first steps, which have a meta-update each (-1: 100, or 48 for a weighter that was taught before)",
         least=-1,
     )
     meta_batch: int = setting(12, "samples of the batch that a meta-update carries")
@@ -265,7 +265,7 @@ class RunConfig:
         return Cadence(self.meta_every or Cadence.every, first if self.meta_first < 0 else self.meta_first)
 
     def warm_up_of(self, method: str) -> int:
-        """First steps of a run of that method in which a part of a batch that is chosen is drawn evenly all the same."""
+        """First steps of a run of that method in which a part of a chosen batch is drawn evenly all the same."""
         if self.select_warmup < 0:
             return WARM_UP if method == "dwm" else 0
         return self.select_warmup

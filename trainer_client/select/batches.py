@@ -19,7 +19,7 @@ import numpy as np
 from trainer_client.cadence import Cadence
 from trainer_client.counters import unexpected
 from trainer_client.job import Job
-from trainer_client.select.choice import WARM_UP, Selection, drawn_evenly
+from trainer_client.select.choice import WARM_UP, Selection, evenly_in_warm_up
 from trainer_client.select.collate import Tokens, count_rows, find_tokens, join, pick
 from trainer_client.select.seen import TIMES_TO_WEAR, TimesSeen, keys_of
 from trainer_client.select.selector import Selector, check_settings, check_whole
@@ -48,8 +48,8 @@ def select(
             nesting of these, lists of strings among them. Its first batch decides B.
         job: opened with a reference, or with a weighter that reads tokens.
         candidates: M, batches that one is chosen from.
-        probes: samples of a batch that is to be taught with which are drawn evenly, whatever their weight; the job's
-            trust is measured on them.
+        probes: samples of a batch that is to be taught with which are drawn evenly, whatever their weight; with two or
+            more it counts for the job's trust.
         ahead: steps whose candidates are read and being scored while a step is trained on.
         min_effective_share: least effective sample size of the weights over the candidates / their number.
         seed: of the draws, together with the step.
@@ -59,8 +59,8 @@ def select(
         cadence: the steps to be taught in, None: `Cadence()`; `SelectedBatches.due` says when one has come.
         wear: times that a content is trained on, beyond twice the usual, that divide its weight by e
             (`TimesSeen.wear`); 0: never.
-        warm_up: first steps of a new model, in which a falling share of each batch is drawn evenly (`drawn_evenly`); 0
-            for a model that was trained before.
+        warm_up: first steps of a new model, in which a falling share of each batch is drawn evenly
+            (`evenly_in_warm_up`); 0 for a model that was trained before.
 
     Raises:
         InvalidArgument: numbers that can't be right; while iterating, batches that nothing can be chosen from.
@@ -241,7 +241,7 @@ class SelectedBatches:
             self._selector.refuse(step, rows, error)
         else:
             probes = self._probes if self._cadence.due(step) else 0
-            probes = max(probes, drawn_evenly(step, self._selector.keep, self._warm_up))
+            probes = max(probes, evenly_in_warm_up(step, self._selector.keep, self._warm_up))
             wear = None if contents is None else self._seen.wear(step, contents)
             self._selector.submit(step, tokens, lengths, probes=probes, wear=wear)
             self._submitted = True

@@ -32,8 +32,8 @@ class Selection:
     computed_samples: int | None = None  # candidates that the reference computed for it; None: not known, or a fallback
 
 
-def drawn_evenly(step: int, keep: int, warm_up: int) -> int:
-    """Samples of a step's batch that are drawn evenly as the model is new: three quarters at first, none from `warm_up` on.
+def evenly_in_warm_up(step: int, keep: int, warm_up: int) -> int:
+    """Samples of a step's batch that are drawn evenly: three quarters while the model is new, none from `warm_up` on.
 
     What all texts have in common is learned first, and from all of them sooner than from those that are preferred.
 
@@ -45,7 +45,7 @@ def drawn_evenly(step: int, keep: int, warm_up: int) -> int:
     return round(_EVEN_AT_FIRST * keep * max(0.0, 1 - step / warm_up)) if warm_up else 0
 
 
-def highest(scores: np.ndarray, keep: int, evenly: int, seed: Sequence[int]) -> np.ndarray:
+def keep_highest(scores: np.ndarray, keep: int, evenly: int, seed: Sequence[int]) -> np.ndarray:
     """[keep] int64 of N candidates: `evenly` that are drawn from all N, then those of the highest scores as they came.
 
     Args:

@@ -65,8 +65,8 @@ class Selector:
         """
         Args:
             keep: samples of a batch, B.
-            probes: of these, drawn evenly from all candidates; the job's trust is measured on them. Only steps that are
-                taught need them: see `submit`.
+            probes: of these, drawn evenly from all candidates; an update with two or more counts for the job's trust.
+                Only steps that are taught need them: see `submit`. 0: nothing counts, trust stays whole.
             min_effective_share: least effective sample size of the weights over the candidates / their number.
             seed: of the draws, together with the step: a resumed run with the same weights keeps the same samples.
             from_first: candidates are in random order, and the first B are the batch without a choice: until the job's
@@ -77,11 +77,11 @@ class Selector:
         """
         check_settings(probes, min_effective_share, seed)
         check_whole("keep", keep, 1)
-        if probes > keep:
-            raise InvalidArgument(f"probes is {probes}, but a batch has {keep} samples; expected at most as many")
+        _check_probes(probes, keep)
         self.keep = keep
         self._job, self._probes, self._min_effective_share, self._seed = job, probes, min_effective_share, seed
         self._from_first = from_first
+        self._counts = probes > 0  # without, no update of a warm-up counts either: trust would stay as that left it
         self._changed = threading.Condition()
         self._work: deque[Callable[[], None]] = deque()
         self._asked: dict[int, _Asked] = {}  # by step, until its result is taken
@@ -101,12 +101,14 @@ class Selector:
             tokens: [N, T] integer ids, rows padded on the right, or N texts; they are read later, by another thread.
             lengths: [N] integer, real tokens of each row; None: T.
             probes: in place of the selector's, 0 to B: none in a step that will not be taught, more while the model is
-                new (`drawn_evenly`).
+                new (`evenly_in_warm_up`).
             wear: [N], 0 or more, taken off the logs of their weights (`TimesSeen.wear`); None: nothing.
+
+        Raises:
+            InvalidArgument: a number of probes that can't be right, whatever `on_failure` says.
         """
         probes = self._probes if probes is None else probes
-        if not 0 <= probes <= self.keep:
-            raise InvalidArgument(f"probes is {probes}, expected from 0 to {self.keep}, the samples of a batch")
+        _check_probes(probes, self.keep)
         texts = tokens if isinstance(tokens, list) and all(isinstance(t, str) for t in tokens) else None
         batch = wire.Batch(tokens=None if texts else tokens, lengths=lengths, texts=texts)
         rows = batch.rows()
@@ -260,7 +262,7 @@ class Selector:
                 scored_position=selection.position,
                 estimator="score_function",
                 update_id=update_id,
-                probes=selection.probes[: len(cotangent)],
+                probes=selection.probes[: len(cotangent)] & self._counts,
             )
         except WeighbridgeError as exc:  # with on_failure="raise"
             self._error = self._error or exc
@@ -305,6 +307,12 @@ def check_settings(probes: Any, min_effective_share: Any, seed: Any) -> None:
     check_whole("seed", seed, 0)
     if not isinstance(min_effective_share, int | float) or not 0 <= min_effective_share <= 1:
         raise InvalidArgument(f"min_effective_share is {min_effective_share!r}, expected a number from 0 to 1")
+
+
+def _check_probes(probes: Any, keep: int) -> None:
+    check_whole("probes", probes, 0)
+    if probes > keep:
+        raise InvalidArgument(f"probes is {probes}, but a batch has {keep} samples; expected at most as many")
 
 
 def _copied(cotangent: Any, samples: int) -> np.ndarray:

@@ -16,8 +16,8 @@ from weighting_service.domain import LearningStatistics
 from weighting_service.weighter.cotangents import JobSignal, RunningMean
 from weighting_service.weighter.trust import TrustSignal
 
-FORMAT = 2
-READABLE = (1, 2)  # format 1 had no trust: a job's starts anew
+FORMAT = 3  # to be raised, too, where the same updates lead to another state than before
+READABLE = (1, 2, 3)  # 1 had no trust, that of 2 was counted by other units: a job's starts anew
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def state_from_json(values: Mapping[str, Any]) -> State:
         return State(
             position=int(values["position"]),
             statistics=LearningStatistics(**values["statistics"]),
-            jobs={name: _job(job) for name, job in values["jobs"].items()},
+            jobs={name: _job(job, with_trust=values["format"] == FORMAT) for name, job in values["jobs"].items()},
             agreement=RunningMean(**values["agreement"]),
             optimiser_steps={name: int(steps) for name, steps in values["optimiser_steps"].items()},
         )
@@ -62,9 +62,9 @@ def state_from_json(values: Mapping[str, Any]) -> State:
         raise InvalidArgument(f"the state's metadata is incomplete: {type(exc).__name__}: {exc}") from exc
 
 
-def _job(values: Mapping[str, Any]) -> JobSignal:
-    parts = {"correlation": RunningMean(**values["correlation"]), "trust": TrustSignal(**values.get("trust", {}))}
-    return JobSignal(**{**values, **parts})
+def _job(values: Mapping[str, Any], with_trust: bool) -> JobSignal:
+    trust = TrustSignal(**values["trust"]) if with_trust else TrustSignal()
+    return JobSignal(**{**values, "correlation": RunningMean(**values["correlation"]), "trust": trust})
 
 
 def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

@@ -1,10 +1,12 @@
 """How far a weighter's word has proved right for a job: the factor in [0, 1] on the job's logits.
 
-What an update says is the correlation of -cotangent with the logits given before, over its samples: whether a high logit
-went with a helpful sample. Samples that were chosen by their logits count as well, as a choice by the one side of a
-regression does not bias its slope; but without some that were drawn evenly, the *probes*, logits would differ too little
-to say much. From the correlation of samples that were chosen, `COST_OF_CHOICE` is taken. Plain float64 arithmetic on the CPU, so that it is the same on every device. Knows no model and nothing of
-how a weighter learns.
+What an update says is the correlation of -cotangent with the logits given before, over its samples: whether a high
+logit went with a helpful sample. Samples that were chosen by their logits count as well, as a choice by the one side of
+a regression does not bias its slope; but without some that were drawn evenly, the *probes*, logits would differ too
+little to say much. From the correlation of samples that were chosen, `COST_OF_CHOICE` is taken.
+
+Plain float64 arithmetic on the CPU, so that it is the same on every device. Knows no model and nothing of how a
+weighter learns.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from trainer_client.run.preferences import UNKNOWN, loss_quarters
 from trainer_client.run.recorder import Record, Recorder
 from trainer_client.run.task import Task
 from trainer_client.run.weigh import Weights
-from trainer_client.select.choice import choose, drawn_evenly, highest
+from trainer_client.select.choice import choose, evenly_in_warm_up, keep_highest
 from weighting_contract.errors import InvalidArgument
 
 Passes = Callable[[], AbstractContextManager[Any]]  # around the trainer's forward passes, such as autocast
@@ -34,6 +34,7 @@ class JudgedChooser:
 
     As many as a batch has are kept by Gumbel top-k on log w, seeded by (seed, step), with the weights w that
     `sharpness` makes of the logits. At temperature 0 those of the highest logits are, in the order they were drawn.
+    In a warm-up those that are drawn evenly come first.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class JudgedChooser:
             model: the trainer's, for the losses of candidates where the judge reads them.
             recorder: of the run's choices, with `keep` of the candidates of a step.
             keep: samples of a batch.
-            warm_up: first steps, in which some are drawn evenly (`drawn_evenly`).
+            warm_up: first steps, in which some are drawn evenly (`evenly_in_warm_up`).
         """
         self._judge, self._sharpness, self._task = judge, sharpness, task
         self._model, self._recorder, self._keep, self._passes = model, recorder, keep, passes
@@ -90,9 +91,9 @@ class JudgedChooser:
             losses = self._losses(tokens)
             logits = self._judge.logits(step, drawn, tokens, losses)
         weights = self._sharpness.weights(logits, step)
-        seed, evenly = (self._task.seed, step), drawn_evenly(step, self._keep, self._warm_up)
+        seed, evenly = (self._task.seed, step), evenly_in_warm_up(step, self._keep, self._warm_up)
         if self._sharpness.temperature == 0:
-            kept = highest(logits, self._keep, evenly, seed)
+            kept = keep_highest(logits, self._keep, evenly, seed)
         else:
             kept, _ = choose(weights, self._keep, evenly, seed, from_first=True)
         quarters = None if losses is None else loss_quarters(losses.float().cpu().numpy())[kept]
