@@ -32,7 +32,7 @@ def signal_of(values: list[float]) -> TrustSignal:
 
 def naive_t(values: list[float]) -> float:
     """Weighted t with reliability weights, sum by sum."""
-    w = [0.98**age for age in reversed(range(len(values)))]
+    w = [0.99**age for age in reversed(range(len(values)))]
     mean = math.fsum(a * x for a, x in zip(w, values, strict=True)) / math.fsum(w)
     squares = math.fsum(a * (x - mean) ** 2 for a, x in zip(w, values, strict=True))
     variance = squares / (math.fsum(w) - math.fsum(a * a for a in w) / math.fsum(w))  # unbiased

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MEMORY = 0.98  # of the moments, per probed update: the last fifty count
+MEMORY = 0.99  # of the moments, per probed update: the last hundred count
 LEAST_PROBES = 2  # of an update that counts
 LEAST_UPDATES = 8  # probed ones; before, nothing is held against the weighter
 COST_OF_CHOICE = 0.1  # what choosing gains in one step by less, it loses by seeing fewer samples more often
