@@ -14,7 +14,8 @@ _WORDS = (
     "oracle) at equal steps, the oracle being full batches of the target's source. *Compute* counts everything but "
     "the training of references: 1 is a uniform run. *At equal compute*: the test loss, on the samples of the "
     "curves, once as much was spent as in a uniform run. *To uniform's end*: the compute at which a method has the "
-    "loss that uniform ends with.\n"
+    "loss that uniform ends with. Where DWM selects, a part of the first 100 batches is drawn evenly "
+    "(`--select-warmup`; the other methods are as published, docs/method.md has what it does for `dsir`).\n"
 )
 
 

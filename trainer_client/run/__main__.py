@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     launch = _Launch()
     code = in_shell("trainer_client.run", lambda console: _start(arguments, console, launch))
-    launch.leave()
+    if not launch.leave():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
@@ -52,11 +57,13 @@ class _Launch:
         """The others may be anywhere: don't wait for them."""
         self._ranks = None
 
-    def leave(self) -> None:
-        if self._ranks is not None:
-            from trainer_client.run.parallel import leave
+    def leave(self) -> bool:
+        """Whether this process can end as any other."""
+        if self._ranks is None:
+            return True
+        from trainer_client.run.parallel import leave
 
-            leave(self._ranks)
+        return leave(self._ranks)
 
 
 def _start(arguments: Sequence[str] | None, console: Console, launch: _Launch) -> int:

@@ -39,15 +39,21 @@ def join() -> Ranks:
     return Ranks.current()
 
 
-def leave(ranks: Ranks) -> None:
-    """Waits for all ranks, so that torchrun ends none that still has something to say."""
+def leave(ranks: Ranks) -> bool:
+    """Waits for all ranks, so that torchrun ends none that still has something to say.
+
+    Returns:
+        False where another one is gone, or stuck: the interpreter, when it takes down what is left of the group, may
+        wait for that one, or abort this process.
+    """
     if ranks.group is None:
-        return
+        return True
     try:
         ranks.wait_for_all(_FAREWELL)
-    except RuntimeError:  # another one is gone, or stuck
-        return
+    except RuntimeError:
+        return False
     dist.destroy_process_group()
+    return True
 
 
 def check_same_settings(config: RunConfig, ranks: Ranks) -> None:
