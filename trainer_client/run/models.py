@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from weighting_contract.building import ONE_AT_A_TIME
 from weighting_contract.errors import InvalidArgument
 
 _auto_model: Any = AutoModelForCausalLM  # transformers is typed in parts only
@@ -63,7 +64,7 @@ def build_model(name: str, vocab_size: int, seq_len: int, seed: int) -> PreTrain
     local = os.path.exists(name)
     config = _read_config(name) if local else _hub_config(name)
     _check_fits(config, name, vocab_size, seq_len)
-    with _seeded(seed), no_progress_bar():  # a checkpoint may lack parts, which are then initialised
+    with ONE_AT_A_TIME, _seeded(seed), no_progress_bar():  # a checkpoint may lack parts, which are then initialised
         try:
             model = _load(name, config, local)
         except InvalidArgument:
@@ -107,14 +108,14 @@ def count_config_parameters(config: bytes) -> int:
     try:
         values: dict[str, Any] = json.loads(config)
         described = AutoConfig.for_model(values.pop("model_type"), **values)
-        with torch.device("meta"):
+        with ONE_AT_A_TIME, torch.device("meta"):
             return count_parameters(_auto_model.from_config(described, trust_remote_code=False))
     except Exception as exc:  # not JSON, unknown model type, values of the wrong kind
         raise InvalidArgument(f"config.json is not the config of a causal LM: {_first_line(exc)}") from exc
 
 
 def _fresh(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    with _seeded(seed):
+    with ONE_AT_A_TIME, _seeded(seed):
         model: PreTrainedModel = _auto_model.from_config(config, dtype=torch.float32)
     model.train()
     return model

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from weighting_contract.building import ONE_AT_A_TIME
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.reference import ReferenceInfo, check_reference, read_counts, reference_files, write_reference
 from weighting_service.reference.model import Reference, Tokenize
@@ -85,7 +86,7 @@ def _model(folder: Path, config_json: bytes, info: ReferenceInfo) -> Any:
     try:
         config = auto.AutoConfig.from_pretrained(folder, **safe)
         _check_fits(config, info, folder)
-        with _no_progress_bar(auto):
+        with ONE_AT_A_TIME, _no_progress_bar(auto):
             model, report = auto.AutoModelForCausalLM.from_pretrained(
                 folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **safe
             )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weighting_contract.building import ONE_AT_A_TIME
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.spec import TokenSpec
 from weighting_service.models_dir import model_folder
@@ -113,9 +114,10 @@ def _from_config(spec: TokenSpec, field: str) -> Any:
     try:
         config = auto.AutoConfig.for_model(**values)
         _check_config(config, spec, field)
-        return auto.AutoModel.from_config(
-            config, trust_remote_code=False, dtype=torch.float32, attn_implementation=_attention(spec)
-        )
+        with ONE_AT_A_TIME:
+            return auto.AutoModel.from_config(
+                config, trust_remote_code=False, dtype=torch.float32, attn_implementation=_attention(spec)
+            )
     except InvalidArgument:
         raise
     except Exception as exc:  # each architecture has its own ways to reject a config
@@ -129,17 +131,18 @@ def _pretrained(spec: TokenSpec, models_dir: Path | None, field: str, empty: boo
     try:
         config = auto.AutoConfig.from_pretrained(folder, **safe)
         _check_config(config, spec, field)
-        if empty:
-            return auto.AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
-        model, report = auto.AutoModel.from_pretrained(
-            folder,
-            config=config,
-            use_safetensors=True,
-            dtype=torch.float32,
-            attn_implementation=_attention(spec),
-            output_loading_info=True,
-            **safe,
-        )
+        with ONE_AT_A_TIME:
+            if empty:
+                return auto.AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            model, report = auto.AutoModel.from_pretrained(
+                folder,
+                config=config,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=_attention(spec),
+                output_loading_info=True,
+                **safe,
+            )
     except InvalidArgument:
         raise
     except Exception as exc:  # missing or damaged files, code that would have to run, unknown architectures
