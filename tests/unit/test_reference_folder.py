@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,14 @@ def test_names_are_the_folders_or_given(tmp_path: Path, config: dict[str, Any]) 
     folder = write_reference(tmp_path / "small-one", reference(config))
     assert load_reference(folder).name == "small-one"
     assert load_reference(folder, name="other", tokens_per_pack=99).tokens_per_pack == 99
+
+
+def test_references_that_are_loaded_at_the_same_time_are_whole(tmp_path: Path) -> None:
+    """transformers builds a model by changing what all threads share; without care tied weights would be missing."""
+    folders = [write_reference(tmp_path / str(seed), reference(seed=seed)) for seed in range(2)]
+    rows = torch.randint(VOCABULARY, (3, SEQ_LEN))
+    alone = [load_reference(folder).raw_statistics(list(rows.numpy())) for folder in folders]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(load_reference, folders * 6))
+    for i, loaded in enumerate(together):
+        torch.testing.assert_close(loaded.raw_statistics(list(rows.numpy())), alone[i % 2])
