@@ -90,20 +90,8 @@ def score(job: Job, calls: int) -> None:
 
 def measure_overhead(url: str, folder: Path, size: str, steps: int, rounds: int) -> float:
     """Prints what a training step takes with and without selection; the difference as a share."""
-    frozen = (
-        "--role",
-        "frozen",
-        "--probes",
-        "0",
-        "--select-warmup",
-        "0",
-        "--meta-first",
-        "0",
-        "--meta-every",
-        "1000000",
-        "--weighter",
-        url,
-    )
+    alone = "--role frozen --probes 0 --select-warmup 0 --meta-first 0 --meta-every 1000000"  # nothing is taught
+    frozen = (*alone.split(), "--weighter", url)
     flags = {"without": ("--method", "uniform"), "with": frozen}
     seconds: dict[str, list[float]] = {name: [] for name in flags}
     for turn in range(rounds + 1):

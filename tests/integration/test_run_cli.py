@@ -141,6 +141,7 @@ def test_of_candidates_the_likest_are_kept_once_the_warm_up_is_over(finished):
     lines = read_metrics(finished / "dsir" / "metrics.jsonl")
     prose = [line["trained_share"]["prose"] for line in lines]
     assert max(prose[: WARM_UP - 2]) < 0.9
+    assert lines[WARM_UP]["trained_share"] == {"prose": 1.0, "tables": 0.0}
     assert np.mean(prose[WARM_UP:]) > 0.95  # some steps have fewer than a batch of it among their candidates
 
 

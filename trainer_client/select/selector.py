@@ -81,7 +81,6 @@ class Selector:
         self.keep = keep
         self._job, self._probes, self._min_effective_share, self._seed = job, probes, min_effective_share, seed
         self._from_first = from_first
-        self._counts = probes > 0  # without, no update of a warm-up counts either: trust would stay as that left it
         self._changed = threading.Condition()
         self._work: deque[Callable[[], None]] = deque()
         self._asked: dict[int, _Asked] = {}  # by step, until its result is taken
@@ -254,6 +253,9 @@ class Selector:
 
     def _teach(self, step: int, cotangent: np.ndarray, selection: Selection, update_id: str | None) -> None:
         assert selection.statistics is not None
+        probes = selection.probes[: len(cotangent)]
+        if not self._probes:  # then those of a warm-up don't count either: trust would stay as that left it
+            probes = np.zeros_like(probes)
         try:
             self._job.meta_update(
                 cotangent,
@@ -262,7 +264,7 @@ class Selector:
                 scored_position=selection.position,
                 estimator="score_function",
                 update_id=update_id,
-                probes=selection.probes[: len(cotangent)] & self._counts,
+                probes=probes,
             )
         except WeighbridgeError as exc:  # with on_failure="raise"
             self._error = self._error or exc
