@@ -1,10 +1,11 @@
 """The command: runs what is not finished, then results, report and goals.
 
-    python -m benchmarks.learning [--quick] [--texts DIR] [--out runs/learning] [--processes 2]
+    python -m benchmarks.learning [--quick] [--texts DIR] [--out runs/learning] [--processes 2] [--known FILE]
     python -m benchmarks.learning --check [--results FILE]
 
 The first runs the matrix of full.yaml (--quick: quick.yaml; --plan: any other), each run a process of one thread, and
-goes on where it was stopped. The second reads the goals off a results.json and trains nothing.
+goes on where it was stopped. With --known what a results.json has of the same flags and rate is not run again: use it
+after a change that leaves those runs as they are. The second reads the goals off a results.json and trains nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.learning.figures import figures
 from benchmarks.learning.goals import Goal, goals
 from benchmarks.learning.plan import Plan, Run, load_plan
 from benchmarks.learning.report import write_report
-from benchmarks.learning.results import Results, best_rates, collect, validation_losses
+from benchmarks.learning.results import Results, best_rates, collect, known_losses, validation_losses
 
 HERE = Path(__file__).parent
 COMMITTED = HERE.parent / "results" / "learning.json"
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--plan", type=Path, help="a YAML file in place of full.yaml")
     parser.add_argument("--texts", type=Path, help="folder of books, wiki and web texts; without it those are left out")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs")
+    parser.add_argument("--known", type=Path, help="a results.json whose runs and rates are taken as they are")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument(
         "--check", action="store_true", help="only hold results against the goals; ends with 1 for a miss"
@@ -47,11 +49,12 @@ def main() -> int:
         console.print(table(found))
         return int(not all(goal.reached for goal in found))
     plan = load_plan(given.plan or HERE / ("quick.yaml" if given.quick else "full.yaml"))
-    return run(plan, given.out, given.texts, given.processes, console)
+    known = Results.read(given.known) if given.known else Results.none()
+    return run(plan, given.out, given.texts, given.processes, console, known)
 
 
-def run(plan: Plan, out: Path, texts: Path | None, processes: int, console: Console) -> int:
-    """Trains, collects and reports; 1 where a run failed."""
+def run(plan: Plan, out: Path, texts: Path | None, processes: int, console: Console, known: Results) -> int:
+    """Trains what is not `known`, collects and reports; 1 where a run failed."""
     left_out = [c for c in plan.corpora if c in NEED_TEXTS and texts is None]
     if left_out:
         console.print(f"left out, as --texts is not given: {', '.join(left_out)}")
@@ -62,24 +65,24 @@ def run(plan: Plan, out: Path, texts: Path | None, processes: int, console: Cons
         return [r for r in runs if r.corpus in data]
 
     failed = execute(
-        those(plan.tuning()),
+        [r for r in those(plan.tuning()) if f"{r.rate:g}" not in known_losses(plan, r.method, known)],
         lambda r: plan.command(r, r.rate or 0, data[r.corpus], out),
         out,
         processes,
         console,
         "tuning",
     )
-    rates = validation_losses(plan, out)
+    rates = validation_losses(plan, out, known)
     chosen = best_rates(plan, rates)
     failed += execute(
-        those(plan.runs()),
+        [r for r in those(plan.runs()) if known.known(plan, r, chosen[r.method]) is None],
         lambda r: plan.command(r, chosen[r.method], data[r.corpus], out),
         out,
         processes,
         console,
         "runs",
     )
-    results = collect(plan, out, rates, chosen)
+    results = collect(plan, out, rates, chosen, known)
     results.write(out / "results.json")
     found = list(goals(results, figures(results)))
     report = write_report(results, figures(results), found, out / "report")

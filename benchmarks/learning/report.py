@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.learning.figures import Figures
 from benchmarks.learning.goals import Goal
 from benchmarks.learning.plots import plot_choices, plot_losses
-from benchmarks.learning.results import Results
+from benchmarks.learning.results import NOISE, Results
 
 _WORDS = (
     "Losses are test losses in nats a token, means over seeds. *Gap closed* is (uniform - method) / (uniform - "
@@ -42,9 +42,10 @@ def write_report(results: Results, figures: list[Figures], goals: list[Goal], fo
 
 def head(title: str, command: str, results: Results) -> str:
     """What was measured, by which command, when and on what."""
+    commits = sorted({run.commit or results.commit for run in results.runs} or {results.commit})
     return (
         f"# {title}\n\n"
-        f"`{command}`, {results.date}, commit {results.commit}, {len(results.runs)} runs.\n\n"
+        f"`{command}`, {results.date}, commit {' and '.join(commits)}, {len(results.runs)} runs.\n\n"
         f"```\n{results.hardware}\n```\n"
     )
 
@@ -89,7 +90,10 @@ def _rates(results: Results) -> str:
         for method, by_rate in results.rates.items()
     ]
     head = "| method | " + " | ".join(rates) + " |"
-    words = "Validation loss by learning rate, with a seed that no other run has; the least one was taken.\n"
+    words = (
+        "Validation loss by learning rate, with a seed that no other run has. Taken was the smallest rate within "
+        f"{NOISE} of the best: what is less is a run's noise.\n"
+    )
     return "\n".join(["## Learning rates\n", words, head, "|---" * (len(rates) + 1) + "|", *rows, ""])
 
 

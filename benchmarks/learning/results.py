@@ -6,7 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from weighting_contract.errors import InvalidArgument
 
 VERSION = 1
 POINTS = 24  # of a series, each the mean over as many steps as fall on it
+NOISE = 0.02  # nats: what a run differs by from one that is as good (docs/method.md)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Result:
     trust: float | None
     series: Series
     spent: list[float] = field(default_factory=list)  # FLOPs at each point of the curve; none: all steps cost the same
+    commit: str = ""  # that it was collected at; none: that of the whole file
 
     @property
     def flops_a_step(self) -> float:
@@ -83,6 +85,7 @@ class Results:
 
     Attributes:
         methods: flags by name, as in the plan.
+        flags: of all runs.
         rates: validation loss by method and learning rate, mean over the corpora that tuned it.
         chosen: learning rate by method.
     """
@@ -94,10 +97,27 @@ class Results:
     rates: dict[str, dict[str, float]]
     chosen: dict[str, float]
     runs: list[Result] = field(default_factory=list)
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def none(cls) -> Self:
+        """Where nothing is known yet."""
+        return cls("", "", "", {}, {}, {})
 
     def of(self, corpus: str, method: str) -> list[Result]:
         """By seed."""
         return sorted((r for r in self.runs if (r.corpus, r.method) == (corpus, method)), key=lambda r: r.seed)
+
+    def same(self, plan: Plan, method: str) -> bool:
+        """Whether `plan` means by a method what was run here."""
+        return self.flags == plan.flags and self.methods.get(method) == plan.methods[method]
+
+    def known(self, plan: Plan, run: Run, rate: float) -> Result | None:
+        """What is known of a run of `plan`: of the same flags and learning rate."""
+        if not self.same(plan, run.method):
+            return None
+        found = [r for r in self.of(run.corpus, run.method) if r.seed == run.seed and r.rate == rate]
+        return replace(found[0], commit=found[0].commit or self.commit) if found else None
 
     @property
     def corpora(self) -> list[str]:
@@ -126,14 +146,25 @@ class Results:
         return cls(**values, runs=runs)
 
 
-def collect(plan: Plan, out: Path, rates: dict[str, dict[str, float]], chosen: dict[str, float]) -> Results:
-    """The figures of all finished runs of `plan` in `out`."""
-    runs = [result for run in plan.runs() if (result := _result(out, run)) is not None]
-    date = time.strftime("%Y-%m-%d")
-    return Results(_commit(), describe(), date, plan.methods, rates, chosen, runs)
+def collect(
+    plan: Plan,
+    out: Path,
+    rates: dict[str, dict[str, float]],
+    chosen: dict[str, float],
+    known: Results | None = None,
+) -> Results:
+    """The figures of all runs of `plan` that are finished in `out`, or known from before."""
+    commit, runs = _commit(), []
+    for run in plan.runs():
+        result = _result(out, run, commit)
+        if result is None and known:
+            result = known.known(plan, run, chosen[run.method])
+        if result is not None:
+            runs.append(result)
+    return Results(commit, describe(), time.strftime("%Y-%m-%d"), plan.methods, rates, chosen, runs, plan.flags)
 
 
-def validation_losses(plan: Plan, out: Path) -> dict[str, dict[str, float]]:
+def validation_losses(plan: Plan, out: Path, known: Results) -> dict[str, dict[str, float]]:
     """By method and learning rate, the mean over the corpora that tune; a rate that a corpus lacks is left out."""
     losses: dict[str, dict[str, list[float]]] = {}
     for run in plan.tuning():
@@ -141,13 +172,24 @@ def validation_losses(plan: Plan, out: Path) -> dict[str, dict[str, float]]:
             losses.setdefault(run.method, {}).setdefault(f"{run.rate:g}", []).append(summary.val_loss)
     corpora = len(plan.tuning_corpora)
     return {
-        method: {rate: float(np.mean(of)) for rate, of in by_rate.items() if len(of) == corpora}
-        for method, by_rate in losses.items()
+        method: {
+            **known_losses(plan, method, known),
+            **{rate: float(np.mean(of)) for rate, of in losses.get(method, {}).items() if len(of) == corpora},
+        }
+        for method in plan.methods
     }
 
 
+def known_losses(plan: Plan, method: str, known: Results) -> dict[str, float]:
+    """Validation losses by learning rate that an earlier tuning of the same method gave."""
+    return known.rates.get(method, {}) if known.same(plan, method) else {}
+
+
 def best_rates(plan: Plan, losses: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The learning rate of each method with the least validation loss; the only one where nothing was tuned.
+    """Each method's learning rate: the least that is within `NOISE` of the best one; the only one where nothing was tuned.
+
+    What lies within a run's noise does not tell rates apart, and of two that are as good the smaller one is the safer on
+    other data.
 
     Raises SystemExit where a method has none that was tried to its end.
     """
@@ -158,11 +200,12 @@ def best_rates(plan: Plan, losses: dict[str, dict[str, float]]) -> dict[str, flo
         elif not losses.get(method):
             raise SystemExit(f"no tuning run of {method!r} is finished: its learning rate is not known")
         else:
-            chosen[method] = float(min(losses[method], key=lambda rate: losses[method][rate]))
+            bound = min(losses[method].values()) + NOISE
+            chosen[method] = min(float(rate) for rate, loss in losses[method].items() if loss <= bound)
     return chosen
 
 
-def _result(out: Path, run: Run) -> Result | None:
+def _result(out: Path, run: Run, commit: str) -> Result | None:
     folder = out / run.folder
     summary = _summary(folder)
     if summary is None:
@@ -182,6 +225,7 @@ def _result(out: Path, run: Run) -> Result | None:
         spent=flops_at_points(summary),
         trust=summary.trust,
         series=_series(read_metrics(folder / summary.label / "metrics.jsonl"), rate["batch_size"]),
+        commit=commit,
     )
 
 

@@ -13,7 +13,7 @@ from benchmarks.learning.figures import figures
 from benchmarks.learning.goals import goals
 from benchmarks.learning.plan import Run, load_plan
 from benchmarks.learning.report import write_report
-from benchmarks.learning.results import Result, Results, Series, best_rates
+from benchmarks.learning.results import Result, Results, Series, best_rates, collect, known_losses
 from trainer_client.run.config import parse
 
 METHODS = {
@@ -54,7 +54,7 @@ def results() -> Results:
         *(result("loss-weight", 3.95, seed=seed) for seed in range(2)),
         *(result("dwm-weight", 3.9, seed=seed) for seed in range(2)),
     ]
-    return Results("abc", "a machine", "2026-01-01", METHODS, {}, {}, runs)
+    return Results("abc", "a machine", "2026-01-01", METHODS, {"dwm": {"0.002": 3.5}}, {"dwm": 2e-3}, runs)
 
 
 def test_figures_are_means_over_seeds_at_equal_steps_and_at_equal_compute(results: Results) -> None:
@@ -137,11 +137,29 @@ def test_every_run_of_the_plans_is_one_that_the_trainer_takes(name: str, tmp_pat
     assert len({run.folder for run in plan.runs()}) == len(plan.runs())
 
 
-def test_the_rate_with_the_least_validation_loss_is_taken() -> None:
+def test_the_smallest_rate_that_is_as_good_as_the_best_is_taken() -> None:
     plan = replace(load_plan(HERE / "full.yaml"), methods={"dsir": {}})
     assert best_rates(plan, {"dsir": {"0.001": 4.1, "0.002": 3.9, "0.004": 4.0}}) == {"dsir": 0.002}
+    assert best_rates(plan, {"dsir": {"0.001": 4.1, "0.002": 3.91, "0.004": 3.9}}) == {"dsir": 0.002}
+    assert best_rates(plan, {"dsir": {"0.001": 4.1, "0.002": 3.93, "0.004": 3.9}}) == {"dsir": 0.004}
     with pytest.raises(SystemExit, match="no tuning run of 'dsir' is finished"):
         best_rates(plan, {})
+
+
+def test_what_an_earlier_matrix_has_of_the_same_flags_and_rate_is_known(results: Results, tmp_path: Path) -> None:
+    plan = replace(load_plan(HERE / "quick.yaml"), methods=METHODS, corpora=("builtin",), seeds=(0, 1))
+    rate = results.runs[0].rate
+    again = collect(plan, tmp_path, {}, dict.fromkeys(METHODS, rate), results)
+    assert sorted((r.method, r.seed) for r in again.runs) == sorted((r.method, r.seed) for r in results.runs)
+    assert {r.commit for r in again.runs} == {results.commit}
+    assert known_losses(plan, "dwm", results) == results.rates["dwm"]
+
+    changed = replace(plan, methods={**METHODS, "dwm": {"method": "dwm", "temperature": 2}})
+    rates = {**dict.fromkeys(METHODS, rate), "uniform": 2 * rate}
+    kept = {r.method for r in collect(changed, tmp_path, {}, rates, results).runs}
+    assert kept == set(METHODS) - {"dwm", "uniform"}
+    assert known_losses(changed, "dwm", results) == {}
+    assert collect(replace(plan, flags={"steps": 7}), tmp_path, {}, rates, results).runs == []
 
 
 def test_a_plan_that_is_none_is_one_sentence(tmp_path: Path) -> None:
