@@ -114,16 +114,19 @@ class ReferenceStore:
                 return self._existing(existing, info, exist_ok)
             try:
                 await asyncio.to_thread(self._uploads.write, name, files)
+                created = True
+            except FileExistsError:
+                created = False  # by another replica, since this one looked
             except OSError as exc:
                 raise Unavailable(f"reference {name!r} was not stored: its files can't be written ({exc})") from exc
             await self._look(name)  # what is offered is what reads back
             stored = self._known.get(name)
-            if stored is None or stored.info.checksum != info.checksum:
+            if stored is None or (created and stored.info.checksum != info.checksum):
                 raise Unavailable(
-                    f"reference {name!r} does not read back as it was stored: another one was uploaded or deleted "
-                    "under this name at the same time; try again, or choose another name"
+                    f"reference {name!r} does not read back as it was stored: it was deleted at the same time; "
+                    "try again, or choose another name"
                 )
-            return self._view(stored)
+            return self._view(stored) if created else self._existing(stored, info, exist_ok)
 
     def _existing(self, known: Known, info: ReferenceInfo, exist_ok: bool) -> ReferenceView:
         if known.info.checksum != info.checksum:

@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -48,6 +48,13 @@ class Storage(abc.ABC):
         Args:
             key: of the blob.
             content: its bytes, or parts of them, which a folder writes as they come.
+        """
+
+    @abc.abstractmethod
+    def create(self, key: str, content: bytes) -> None:
+        """Stores a blob where there is none: of several who do so at the same time, one succeeds.
+
+        Raises FileExistsError (an OSError) where there is one.
         """
 
     @abc.abstractmethod
@@ -124,6 +131,12 @@ class LocalStorage(Storage):
         self.url = str(root)
 
     def put(self, key: str, content: bytes | Iterable[bytes]) -> None:
+        self._write(key, [content] if isinstance(content, bytes) else content, os.replace)
+
+    def create(self, key: str, content: bytes) -> None:
+        self._write(key, [content], os.link)  # refuses where there is one
+
+    def _write(self, key: str, parts: Iterable[bytes], place: Callable[[Path, Path], None]) -> None:
         path = self._path(key)
         with _naming(path):
             _make_durably(path.parent)
@@ -132,14 +145,13 @@ class LocalStorage(Storage):
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
             try:
                 with open(temporary, "xb") as file:
-                    for part in [content] if isinstance(content, bytes) else content:
+                    for part in parts:
                         file.write(part)
                         file.flush()
                     os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
+                place(temporary, path)
+            finally:
                 temporary.unlink(missing_ok=True)  # a full disk needs the space
-                raise
             sync(path.parent)
 
     def get(self, key: str) -> bytes:
@@ -208,6 +220,10 @@ class ObjectStorage(Storage):
             whole = content if isinstance(content, bytes) else b"".join(content)
             self._filesystem.pipe_file(self.where(key), whole)
 
+    def create(self, key: str, content: bytes) -> None:
+        with _naming(self.where(key)):
+            self._filesystem.pipe_file(self.where(key), content, mode="create")
+
     def get(self, key: str) -> bytes:
         with _naming(self.where(key)):
             content: bytes = self._filesystem.cat_file(self.where(key))
@@ -268,7 +284,12 @@ def _naming(where: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        kinds = ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES), (OSError, errno.EIO))
+        kinds = (
+            (FileNotFoundError, errno.ENOENT),
+            (FileExistsError, errno.EEXIST),
+            (PermissionError, errno.EACCES),
+            (OSError, errno.EIO),
+        )
         code = exc.errno or next(code for kind, code in kinds if isinstance(exc, kind))
         raise OSError(code, exc.strerror or str(exc), str(where)) from exc
     except Exception as exc:  # libraries of object stores have kinds of their own for: not reached, no credentials

@@ -1,7 +1,9 @@
 """Uploaded references as blobs of a storage that replicas share: read, verified, written; nothing is kept in memory.
 
-A reference lies at <name>/<file>, one of a tenant (named "tenant/name") at @<tenant>/<name>/<file>, which no name
-without a tenant can be. Its reference.json is written last and removed first: without it there is no reference. Knows
+A reference is <name>/reference.json, one of a tenant (named "tenant/name") @<tenant>/<name>/reference.json, which no
+name without a tenant can be. All its files lie below that, in a folder named by the SHA-256 of this manifest, so that
+several can be written at the same time; the manifest comes last, where there is none yet, and goes first: without it
+there is no reference. (Earlier versions kept the files beside the manifest: such a reference is read as before.) Knows
 bytes and folders; nothing of models.
 """
 
@@ -69,13 +71,13 @@ class Uploads:
 
     def names(self) -> set[str]:
         """Names of the references that are there, verified or not."""
-        folders = (key.rpartition("/") for key in self._storage.sizes())
-        return {folder.removeprefix("@") for folder, _, file in folders if file == MANIFEST and folder}
+        manifests = (key.rpartition("/") for key in self._storage.sizes() if key.endswith(f"/{MANIFEST}"))
+        return {folder.removeprefix("@") for folder, _, _ in manifests if folder.count("/") == folder.startswith("@")}
 
     def fingerprint(self, name: str) -> str | None:
         """SHA-256 of the reference's manifest, and so of all of it; None where there is no such reference."""
         try:
-            return hashlib.sha256(self._storage.get(f"{_folder(name)}/{MANIFEST}")).hexdigest()
+            return _fingerprint(self._storage.get(f"{_folder(name)}/{MANIFEST}"))
         except FileNotFoundError:
             return None
 
@@ -89,7 +91,7 @@ class Uploads:
         if fingerprint is None:
             return None
         try:
-            if folder := self._storage.local(_folder(name)):
+            if folder := self._storage.local(self._contents(name, fingerprint)):
                 return known_reference(name, folder, fingerprint)
             return self._fetched(name, fingerprint)
         except InvalidArgument:
@@ -98,13 +100,21 @@ class Uploads:
             return None  # another replica deletes it now
 
     def write(self, name: str, files: Mapping[str, bytes]) -> None:
-        """Stores the files of a reference, durable when this returns; what fails leaves no reference."""
+        """Stores the files of a reference, durable when this returns; what fails leaves no reference.
+
+        Raises:
+            FileExistsError: there is one of this name, and it stays as it is.
+        """
+        fingerprint = _fingerprint(files[MANIFEST])
+        contents = f"{_folder(name)}/{fingerprint}"
         try:
             for file in (*CONTENT, MANIFEST):
-                self._storage.put(f"{_folder(name)}/{file}", files[file])
+                self._storage.put(f"{contents}/{file}", files[file])
+            self._storage.create(f"{_folder(name)}/{MANIFEST}", files[MANIFEST])
         except OSError:
             with contextlib.suppress(OSError):
-                self.delete(name)  # a full disk needs the space
+                if self.fingerprint(name) != fingerprint:  # else another replica has stored the very same
+                    self._storage.delete_folder(contents)  # a full disk needs the space
             raise
 
     def delete(self, name: str) -> None:
@@ -126,12 +136,26 @@ class Uploads:
                 return known_reference(name, folder, fingerprint)
             except InvalidArgument:  # what counts is the storage
                 shutil.rmtree(folder)
+        contents = self._contents(name, fingerprint)
         files = {}
         for file in FILES:
             with contextlib.suppress(FileNotFoundError):  # named by the check
-                files[file] = self._storage.get(f"{_folder(name)}/{file}")
-        check_reference(files, self._storage.where(_folder(name)))
+                files[file] = self._storage.get(f"{contents}/{file}")
+        check_reference(files, self._storage.where(contents))
         return known_reference(name, write_reference(folder, files), fingerprint)
+
+    def _contents(self, name: str, fingerprint: str) -> str:
+        """Key of the folder that holds the files of a reference: its own, or where earlier versions put them."""
+        folder = _folder(name)
+        own = f"{folder}/{fingerprint}"
+        stored = self._storage.sizes(f"{folder}/")
+        has_own = any(key.startswith(f"{own}/") for key in stored)
+        beside = any(f"{folder}/{file}" in stored for file in CONTENT)
+        return folder if beside and not has_own else own
+
+
+def _fingerprint(manifest: bytes) -> str:
+    return hashlib.sha256(manifest).hexdigest()
 
 
 def _folder(name: str) -> str:

@@ -186,10 +186,10 @@ def known_losses(plan: Plan, method: str, known: Results) -> dict[str, float]:
 
 
 def best_rates(plan: Plan, losses: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Each method's learning rate: the least that is within `NOISE` of the best one; the only one where nothing was tuned.
+    """Each method's learning rate: the least within `NOISE` of the best one; the only one where nothing was tuned.
 
-    What lies within a run's noise does not tell rates apart, and of two that are as good the smaller one is the safer on
-    other data.
+    What lies within a run's noise does not tell rates apart, and of two that are as good the smaller one is the safer
+    on other data.
 
     Raises SystemExit where a method has none that was tried to its end.
     """

@@ -201,19 +201,33 @@ def test_an_upload_that_was_cut_short_is_none(tmp_path: Path) -> None:
     with_store(tmp_path, use)
 
 
-def test_uploads_of_one_name_at_the_same_time(tmp_path: Path) -> None:
+def test_of_uploads_of_one_name_at_the_same_time_one_is_kept(tmp_path: Path) -> None:
     async def use(ours: ReferenceStore, theirs: ReferenceStore) -> None:
         same = await asyncio.gather(*(store.put("same", FILES, exist_ok=True) for store in (ours, theirs)))
         assert same[0].info == same[1].info
-        both = [store.put("one", models.reference(seed=i), exist_ok=True) for i, store in enumerate((ours, theirs))]
-        answers = await asyncio.gather(*both, return_exceptions=True)
-        kept = [answer.info.checksum for answer in answers if not isinstance(answer, BaseException)]
-        assert len(kept) < 2
-        assert all(isinstance(a, AlreadyExists | Unavailable) for a in answers if isinstance(a, BaseException))
-        if kept:  # else their files are mixed, and both have said so
-            assert (await ours.find("one")).info.checksum in kept
+        for name in (f"one-{i}" for i in range(10)):
+            both = [store.put(name, models.reference(seed=i), exist_ok=True) for i, store in enumerate((ours, theirs))]
+            answers = await asyncio.gather(*both, return_exceptions=True)
+            (kept,) = (answer for answer in answers if not isinstance(answer, BaseException))
+            (refused,) = (answer for answer in answers if isinstance(answer, BaseException))
+            assert isinstance(refused, AlreadyExists)
+            for store in (ours, theirs):
+                assert (await store.find(name)).info == kept.info
+            assert len(list((tmp_path / "uploads" / name).iterdir())) == 2  # the manifest, and one folder of files
 
     with_replicas(tmp_path, use)
+
+
+def test_what_an_earlier_version_stored_beside_its_manifest_is_read_and_deleted(tmp_path: Path) -> None:
+    write_reference(tmp_path / "uploads" / "flat", FILES)
+
+    async def use(store: ReferenceStore) -> None:
+        assert (await store.get("flat", ["tokenizer.json"])).files == {"tokenizer.json": FILES["tokenizer.json"]}
+        assert (await store.load(store.known("flat"))).name == "flat"
+        await store.delete("flat")
+        assert list((tmp_path / "uploads").iterdir()) == []
+
+    with_store(tmp_path, use)
 
 
 def test_a_tenants_references_lie_apart(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -76,6 +77,29 @@ def test_what_was_put_is_there_for_everyone(storage: Storage, place: str) -> Non
     assert storage.within("a").get("two") == b"in parts"
     assert storage.within("a").sizes() == {"one": 5, "two": 8}
     assert storage.where("a/one") == storage.within("a").where("one") == f"{place}/a/one"
+
+
+def test_a_blob_is_created_once(storage: Storage, place: str) -> None:
+    others = [open_storage(place) for _ in range(4)]
+
+    def create(content: bytes, storage: Storage) -> bool:
+        try:
+            storage.create("a/one", content)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        created = list(pool.map(create, (b"0", b"1", b"2", b"3"), others))
+    assert sum(created) == 1
+    assert storage.sizes() == {"a/one": 1}
+    assert storage.get("a/one") == str(created.index(True)).encode()
+    assert not storage.unfinished("a")
+    with pytest.raises(FileExistsError, match=f"{place}/a/one"):
+        storage.create("a/one", b"again")
+    storage.delete("a/one")
+    storage.create("a/one", b"new")
+    assert storage.get("a/one") == b"new"
 
 
 def test_what_is_moved_or_deleted_is_gone_for_everyone(storage: Storage, place: str) -> None:
