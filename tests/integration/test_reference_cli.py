@@ -121,11 +121,11 @@ def test_what_is_shown_and_how_large_it_is(flags: list[str], tmp_path: Path, cap
 
 
 def test_the_default_size_is_small() -> None:
-    tiny, micro = (count_parameters(build_model(size, 1024, 64, seed=0)) for size in ("tiny", "micro"))
-    assert ReferenceConfig.size == "tiny"
-    assert tiny < 50_000
-    assert tiny < micro / 10
-    assert SIZES["tiny"].layers == 1
+    pico, nano = (count_parameters(build_model(size, 1024, 64, seed=0)) for size in ("pico", "nano"))
+    assert ReferenceConfig.size == "pico"
+    assert pico < 20_000
+    assert pico < nano / 8
+    assert SIZES["pico"].layers == 1
 
 
 def test_a_model_of_ones_own_is_taken_as_it_is(made: Path, pool: Path, tmp_path: Path) -> None:

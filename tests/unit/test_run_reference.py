@@ -58,9 +58,9 @@ def test_the_job_s_samples_make_its_reference(task: Task, reference: RunReferenc
     assert reference.tokenizer.checksum == task.tokenizer.checksum
     assert reference.seq_len == 8
     np.testing.assert_array_equal(reference.ngrams, count_ngrams(task.train.tokens))
-    tiny = count_parameters(build_model("tiny", task.tokenizer.vocab_size, 8, seed=0))
-    assert reference.parameters == tiny
-    assert reference.trained_flops == 6 * tiny * 5 * 32 * 8
+    pico = count_parameters(build_model("pico", task.tokenizer.vocab_size, 8, seed=0))
+    assert reference.parameters == pico
+    assert reference.trained_flops == 6 * pico * 5 * 32 * 8
 
 
 def test_equal_samples_take_it_from_the_cache_and_others_do_not(

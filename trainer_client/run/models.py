@@ -37,7 +37,8 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(32, 1, 4, 96),  # 0.05 M, for references
+    "pico": Size(16, 1, 4, 48),  # 0.02 M, for references
+    "tiny": Size(32, 1, 4, 96),  # 0.05 M
     "nano": Size(64, 2, 4, 192),  # 0.17 M
     "micro": Size(128, 4, 4, 384),  # 0.98 M
     "small": Size(256, 4, 8, 688),  # 3.4 M

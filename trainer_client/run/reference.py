@@ -88,7 +88,7 @@ def trained_reference(
     cache_dir: Path | None = None,
     recipe: ReferenceConfig | None = None,
 ) -> RunReference:
-    """A tiny reference of the job's training samples, from the cache where they met this recipe before.
+    """A small reference of the job's training samples, from the cache where they met this recipe before.
 
     Args:
         cache_dir: None: that of tokenizers. A cache that can't be written is a warning, not an error; a damaged entry
