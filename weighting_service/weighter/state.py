@@ -16,8 +16,8 @@ from weighting_service.domain import LearningStatistics
 from weighting_service.weighter.cotangents import JobSignal, RunningMean
 from weighting_service.weighter.trust import TrustSignal
 
-FORMAT = 3  # to be raised, too, where the same updates lead to another state than before
-READABLE = (1, 2, 3)  # 1 had no trust, that of 2 was counted by other units: a job's starts anew
+FORMAT = 4  # to be raised, too, where the same updates lead to another state than before
+READABLE = (1, 2, 3, 4)  # 1 had no trust, those of 2 and 3 were counted by other units: a job's starts anew
 
 
 @dataclass(frozen=True)
