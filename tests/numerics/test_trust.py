@@ -23,16 +23,17 @@ SPEC = WeighterSpec(
 HARMFUL, RANDOM, REVERSED = 1.0, 0.0, -1.0  # how the first feature goes with the cotangent
 
 
-def signal_of(values: list[float]) -> TrustSignal:
+def signal_of(values: list[float], spreads: list[float] | None = None) -> TrustSignal:
     signal = TrustSignal()
-    for x in values:
-        signal = signal.add(x)
+    for x, spread in zip(values, spreads or [1.0] * len(values), strict=True):
+        signal = signal.add(x, spread)
     return signal
 
 
-def naive_t(values: list[float]) -> float:
+def naive_t(values: list[float], spreads: list[float] | None = None) -> float:
     """Weighted t with reliability weights, sum by sum."""
-    w = [0.99**age for age in reversed(range(len(values)))]
+    ages = reversed(range(len(values)))
+    w = [spread * 0.99**age for age, spread in zip(ages, spreads or [1.0] * len(values), strict=True)]
     mean = math.fsum(a * x for a, x in zip(w, values, strict=True)) / math.fsum(w)
     squares = math.fsum(a * (x - mean) ** 2 for a, x in zip(w, values, strict=True))
     variance = squares / (math.fsum(w) - math.fsum(a * a for a in w) / math.fsum(w))  # unbiased
@@ -68,10 +69,20 @@ def follow(weighter: Weighter, updates: int, kind: float, job: str) -> JobStatis
 @pytest.mark.parametrize("count", [2, 3, 8, 100, 1000])
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (0.3, 1.0), (1e6, 1e-3), (-1e-9, 1e-8)])
 def test_t_is_the_mean_over_its_standard_error(count: int, mean: float, spread: float) -> None:
-    values = (mean + spread * np.random.default_rng(count).normal(size=count)).tolist()
-    expected = min(max(naive_t(values), -LARGEST_T), LARGEST_T)
-    assert signal_of(values).t == pytest.approx(expected, rel=1e-5, abs=1e-9)
-    assert signal_of(values).updates == count
+    rng = np.random.default_rng(count)
+    values = (mean + spread * rng.normal(size=count)).tolist()
+    for spreads in ([1.0] * count, rng.uniform(0.01, 5, size=count).tolist()):
+        expected = min(max(naive_t(values, spreads), -LARGEST_T), LARGEST_T)
+        assert signal_of(values, spreads).t == pytest.approx(expected, rel=1e-5, abs=1e-9)
+        assert signal_of(values, spreads).updates == count
+
+
+def test_updates_whose_logits_hardly_differ_hardly_count() -> None:
+    agree = np.random.default_rng(1).normal(0.5, 1, size=100)
+    deny = np.random.default_rng(2).normal(-0.5, 1, size=100)
+    values, spreads = np.stack([agree, deny], 1).ravel().tolist(), [2.0, 0.01] * 100
+    assert signal_of(values, spreads).t == pytest.approx(signal_of(agree.tolist()).t, rel=0.5)
+    assert abs(signal_of(values).t) < 1.5 < 3 < signal_of(values, spreads).t
 
 
 def test_without_decay_it_would_be_the_textbook_t() -> None:
@@ -111,6 +122,7 @@ def test_a_jobs_trust_is_that_of_the_logits_given_before_each_update() -> None:
     """All kinds of updates against the formulas, from the scores that the weighter gave."""
     weighter = taught(5)
     values: list[float] = []
+    spreads: list[float] = []
     for position in range(6, 30):
         probes = np.arange(16) < {0: 4, 1: 1, 2: 16}[position % 3]
         trust_only = position % 4 == 0
@@ -120,10 +132,13 @@ def test_a_jobs_trust_is_that_of_the_logits_given_before_each_update() -> None:
         weighter.apply(position, update)
         if probes.sum() > 1:
             agreement = np.corrcoef(-update.cotangent.astype(np.float64), scores.logits)[0, 1]
-            values.append(agreement - (0.0 if estimator is Estimator.VJP else 0.1))
+            values.append(agreement - (0.0 if estimator is Estimator.VJP else 0.07))
+            spreads.append(float(scores.logits.std()))
         statistics = weighter.statistics.jobs["job"]
         assert statistics.probed_updates == len(values)
-        assert statistics.trust_t == pytest.approx(naive_t(values) if len(values) > 1 else 0.0, rel=1e-3, abs=1e-3)
+        assert statistics.trust_t == pytest.approx(
+            naive_t(values, spreads) if len(values) > 1 else 0.0, rel=1e-3, abs=1e-3
+        )
     assert len(values) == 16
 
 
