@@ -23,17 +23,17 @@ SPEC = WeighterSpec(
 HARMFUL, RANDOM, REVERSED = 1.0, 0.0, -1.0  # how the first feature goes with the cotangent
 
 
-def signal_of(values: list[float], spreads: list[float] | None = None) -> TrustSignal:
+def signal_of(values: list[float], variances: list[float] | None = None) -> TrustSignal:
     signal = TrustSignal()
-    for x, spread in zip(values, spreads or [1.0] * len(values), strict=True):
-        signal = signal.add(x, spread)
+    for x, variance in zip(values, variances or [1.0] * len(values), strict=True):
+        signal = signal.add(x, variance)
     return signal
 
 
-def naive_t(values: list[float], spreads: list[float] | None = None) -> float:
+def naive_t(values: list[float], variances: list[float] | None = None) -> float:
     """Weighted t with reliability weights, sum by sum."""
     ages = reversed(range(len(values)))
-    w = [spread * 0.99**age for age, spread in zip(ages, spreads or [1.0] * len(values), strict=True)]
+    w = [variance * 0.995**age for age, variance in zip(ages, variances or [1.0] * len(values), strict=True)]
     mean = math.fsum(a * x for a, x in zip(w, values, strict=True)) / math.fsum(w)
     squares = math.fsum(a * (x - mean) ** 2 for a, x in zip(w, values, strict=True))
     variance = squares / (math.fsum(w) - math.fsum(a * a for a in w) / math.fsum(w))  # unbiased
@@ -71,18 +71,18 @@ def follow(weighter: Weighter, updates: int, kind: float, job: str) -> JobStatis
 def test_t_is_the_mean_over_its_standard_error(count: int, mean: float, spread: float) -> None:
     rng = np.random.default_rng(count)
     values = (mean + spread * rng.normal(size=count)).tolist()
-    for spreads in ([1.0] * count, rng.uniform(0.01, 5, size=count).tolist()):
-        expected = min(max(naive_t(values, spreads), -LARGEST_T), LARGEST_T)
-        assert signal_of(values, spreads).t == pytest.approx(expected, rel=1e-5, abs=1e-9)
-        assert signal_of(values, spreads).updates == count
+    for variances in ([1.0] * count, rng.uniform(0.01, 5, size=count).tolist()):
+        expected = min(max(naive_t(values, variances), -LARGEST_T), LARGEST_T)
+        assert signal_of(values, variances).t == pytest.approx(expected, rel=1e-5, abs=1e-9)
+        assert signal_of(values, variances).updates == count
 
 
 def test_updates_whose_logits_hardly_differ_hardly_count() -> None:
     agree = np.random.default_rng(1).normal(0.5, 1, size=100)
     deny = np.random.default_rng(2).normal(-0.5, 1, size=100)
-    values, spreads = np.stack([agree, deny], 1).ravel().tolist(), [2.0, 0.01] * 100
-    assert signal_of(values, spreads).t == pytest.approx(signal_of(agree.tolist()).t, rel=0.5)
-    assert abs(signal_of(values).t) < 1.5 < 3 < signal_of(values, spreads).t
+    values, variances = np.stack([agree, deny], 1).ravel().tolist(), [2.0, 0.01] * 100
+    assert signal_of(values, variances).t == pytest.approx(signal_of(agree.tolist()).t, rel=0.5)
+    assert abs(signal_of(values).t) < 1.5 < 3 < signal_of(values, variances).t
 
 
 def test_without_decay_it_would_be_the_textbook_t() -> None:
@@ -122,7 +122,7 @@ def test_a_jobs_trust_is_that_of_the_logits_given_before_each_update() -> None:
     """All kinds of updates against the formulas, from the scores that the weighter gave."""
     weighter = taught(5)
     values: list[float] = []
-    spreads: list[float] = []
+    variances: list[float] = []
     for position in range(6, 30):
         probes = np.arange(16) < {0: 4, 1: 1, 2: 16}[position % 3]
         trust_only = position % 4 == 0
@@ -133,11 +133,11 @@ def test_a_jobs_trust_is_that_of_the_logits_given_before_each_update() -> None:
         if probes.sum() > 1:
             agreement = np.corrcoef(-update.cotangent.astype(np.float64), scores.logits)[0, 1]
             values.append(agreement - (0.0 if estimator is Estimator.VJP else 0.07))
-            spreads.append(float(scores.logits.std()))
+            variances.append(float(scores.logits.var()))
         statistics = weighter.statistics.jobs["job"]
         assert statistics.probed_updates == len(values)
         assert statistics.trust_t == pytest.approx(
-            naive_t(values, spreads) if len(values) > 1 else 0.0, rel=1e-3, abs=1e-3
+            naive_t(values, variances) if len(values) > 1 else 0.0, rel=1e-3, abs=1e-3
         )
     assert len(values) == 16
 

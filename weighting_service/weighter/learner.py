@@ -237,7 +237,7 @@ class Weighter(Pretrained):
         taught = scaled(cotangent, job.rms(learning.cotangent_memory), learning)
         if update.drawn_evenly.sum() >= LEAST_PROBES and np.ptp(given) > 0:
             cost = COST_OF_CHOICE if update.estimator is Estimator.SCORE_FUNCTION else 0.0
-            job = replace(job, trust=job.trust.add(agreement - cost, float(given.std())))
+            job = replace(job, trust=job.trust.add(agreement - cost, float(given.var())))
         return _Heard(samples, taught, job, agreement, float(given.std()))
 
     def _learn(self, heard: _Heard, estimator: Estimator) -> _Lesson | None:

@@ -3,8 +3,9 @@
 What an update says is the correlation of -cotangent with the logits given before, over its samples: whether a high
 logit went with a helpful sample. Samples that were chosen by their logits count as well, as a choice by the one side of
 a regression does not bias its slope; but without some that were drawn evenly, the *probes*, logits would differ too
-little to say much. For the same reason an update counts by the spread of its logits: one whose samples were all chosen for
-being alike shows nothing either way. From the correlation of samples that were chosen, `COST_OF_CHOICE` is taken.
+little to say much. For the same reason an update counts by the variance of its logits, as it would for a slope: one
+whose samples were chosen for being alike shows nothing either way. From the correlation of samples that were chosen,
+`COST_OF_CHOICE` is taken.
 
 Plain float64 arithmetic on the CPU, so that it is the same on every device. Knows no model and nothing of how a
 weighter learns.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MEMORY = 0.99  # of the moments, per probed update: the last hundred count
+MEMORY = 0.995  # of the moments, per probed update: the last two hundred count
 LEAST_PROBES = 2  # of an update that counts
 LEAST_UPDATES = 8  # probed ones; before, nothing is held against the weighter
 COST_OF_CHOICE = 0.07  # what choosing gains in one step by less, it loses by seeing fewer samples more often
@@ -25,7 +26,7 @@ LARGEST_T = 1e6  # in place of infinity, where every update agreed to the same d
 
 @dataclass(frozen=True)
 class TrustSignal:
-    """Moments of what each update so far says, x, weighted by its spread, which fades by `MEMORY` an update."""
+    """Moments of what each update so far says, x, weighted by its logits' variance; weights fade by `MEMORY`."""
 
     updates: int = 0  # probed ones
     weight: float = 0.0  # sum of the weights w
@@ -33,21 +34,21 @@ class TrustSignal:
     mean: float = 0.0
     squares: float = 0.0  # sum of w (x - mean)^2
 
-    def add(self, x: float, spread: float) -> TrustSignal:
+    def add(self, x: float, variance: float) -> TrustSignal:
         """With one more update's agreement. Moves mean and squares together, so that nothing cancels (West, 1979).
 
         Args:
-            spread: standard deviation of the update's logits, above 0.
+            variance: of the update's logits, above 0.
         """
-        weight = MEMORY * self.weight + spread
+        weight = MEMORY * self.weight + variance
         off = x - self.mean
-        mean = self.mean + off * spread / weight
+        mean = self.mean + off * variance / weight
         return TrustSignal(
             updates=self.updates + 1,
             weight=weight,
-            weight_squares=MEMORY**2 * self.weight_squares + spread**2,
+            weight_squares=MEMORY**2 * self.weight_squares + variance**2,
             mean=mean,
-            squares=MEMORY * self.squares + spread * off * (x - mean),
+            squares=MEMORY * self.squares + variance * off * (x - mean),
         )
 
     @property
