@@ -2,10 +2,11 @@
 
     python -m benchmarks.overhead [--size nano] [--rounds 16]
 
-The service is a process of its own with one CPU thread, the training has another. Every kind of training goes on in
-turns, in blocks of steps, so that whatever else the machine does meets all alike; a figure is the median over rounds of
-a block's time over that of the block without a weighter beside it. `learn` teaches at the default cadence (the run's
-first steps, which are all taught, are over), with the samples that the demo takes.
+The service is a process of its own with one CPU thread, and scores by a reference of the demo's recipe; the training has
+a thread, too. Every kind of training goes on in turns, in blocks of steps, so that whatever else the machine does meets
+all alike; a figure is the median over rounds of a block's time over that of the block without a weighter beside it.
+`learn` teaches at the default cadence (the run's first steps, which are all taught, are over), with the samples that the
+demo takes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from trainer_client.features import batch_features
 from trainer_client.hypergradient import cotangent
 from trainer_client.late_weights import late_weights
 from trainer_client.loss import per_sample_loss
+from trainer_client.reference.__main__ import main as make_reference
 from trainer_client.run.forward import sample_losses, token_losses
 from trainer_client.run.models import build_model
 from trainer_client.select import Selector
@@ -37,6 +39,7 @@ from weighting_contract.errors import Unavailable
 from weighting_contract.memory import keep_freed_memory
 from weighting_contract.ngrams import count_ngrams, log_ratios, profile_table
 
+REFERENCE = "demo"
 VOCABULARY, TOKENS, BATCH, CANDIDATES, AHEAD, PROBES = 1024, 64, 32, 5, 2, 4
 TAUGHT, VALIDATION, LEARNING_RATE = 12, 4, 2e-3
 NEW = 5  # one candidate in so many has not been scored before, as in the demo: its pool is passed five times
@@ -55,7 +58,10 @@ def main() -> int:
     keep_freed_memory()  # as `run` does
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        service, port, _ = start_service(Path(folder) / "state")
+        models = Path(folder) / "models"
+        if make_reference(["--steps", "1", "--threads", "1", "--out", str(models / REFERENCE)]):
+            return 1
+        service, port, _ = start_service(Path(folder) / "state", "--models", str(models))
         try:
             url, limits = f"grpc://127.0.0.1:{port}", Limits(breaker_period_s=0.5, breaker_max_period_s=0.5)
             with connect(url, timeouts=PATIENT, limits=limits, on_failure="raise") as client:
@@ -179,7 +185,7 @@ class Selecting(Training):
         self.learns = role == "learn"
         documents = list(samples(10**6, 64).numpy())
         self.job = opened(
-            client, weighter=f"select-{role}", role=role, initial="pretaught", reference="pretaught", profile=documents
+            client, weighter=f"select-{role}", role=role, initial="pretaught", reference=REFERENCE, profile=documents
         )
         self.selector = Selector(self.job, keep=BATCH, probes=PROBES)
         self.pool = samples(10**7, CANDIDATES * BATCH)
