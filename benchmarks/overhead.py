@@ -2,11 +2,11 @@
 
     python -m benchmarks.overhead [--size nano] [--rounds 16]
 
-The service is a process of its own with one CPU thread, and scores by a reference of the demo's recipe; the training has
-a thread, too. Every kind of training goes on in turns, in blocks of steps, so that whatever else the machine does meets
-all alike; a figure is the median over rounds of a block's time over that of the block without a weighter beside it.
-`learn` teaches at the default cadence (the run's first steps, which are all taught, are over), with the samples that the
-demo takes.
+The service is a process of its own with one CPU thread, and scores by a reference of the demo's recipe; the training
+has a thread, too. Every kind of training goes on in turns, in blocks of steps, so that whatever else the machine does
+meets all alike; a figure is the median over rounds of a block's time over that of the block without a weighter beside
+it. `learn` teaches at the default cadence (the first steps, which are all taught, are over), with the samples that
+the demo takes.
 """
 
 from __future__ import annotations
