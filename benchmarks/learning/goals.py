@@ -11,6 +11,7 @@ from benchmarks.learning.results import Results
 INSIDE = "dwm-weight"  # DWM inside the batch
 SCRATCH, PRETAUGHT, FROZEN = "dwm", "dwm-pretaught", "dwm-frozen"  # by selection
 STATIC = ("dsir", "difference")
+ABLATIONS = ("dsir-warm",)  # shown, but nobody's method: what a part of DWM does for another one
 TEXTS = ("builtin", "books", "wiki")
 
 
@@ -79,7 +80,9 @@ def _selection(corpus: str, by_method: dict[str, Figures]) -> Iterator[Goal]:
 
 def _equal_compute(corpus: str, by_method: dict[str, Figures]) -> Iterator[Goal]:
     ours = [by_method[m].loss_at_compute for m in (SCRATCH, PRETAUGHT, FROZEN) if m in by_method]
-    others = {m: f.loss_at_compute for m, f in by_method.items() if not m.startswith(("dwm", ORACLE))}
+    others = {
+        m: f.loss_at_compute for m, f in by_method.items() if not m.startswith(("dwm", ORACLE)) and m not in ABLATIONS
+    }
     if corpus != "clean" and ours and others:
         best = min(others, key=lambda method: others[method])
         yield Goal(

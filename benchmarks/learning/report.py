@@ -15,7 +15,8 @@ _WORDS = (
     "the training of references: 1 is a uniform run. *At equal compute*: the test loss, on the samples of the "
     "curves, once as much was spent as in a uniform run. *To uniform's end*: the compute at which a method has the "
     "loss that uniform ends with. Where DWM selects, a part of the first 100 batches is drawn evenly "
-    "(`--select-warmup`; the other methods are as published, docs/method.md has what it does for `dsir`).\n"
+    "(`--select-warmup`); the other methods are as published, but for `dsir-warm`, which shows what that alone does "
+    "for `dsir`, and counts for no goal.\n"
 )
 
 

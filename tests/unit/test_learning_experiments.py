@@ -100,6 +100,11 @@ def test_goals_say_what_is_reached_and_what_is_not(results: Results) -> None:
     assert not compute.reached
     assert compute.bound == pytest.approx(3.4)
 
+    more = [*results.runs, *(result("dsir-warm", 3.05, seed=seed) for seed in range(2))]
+    warm = replace(results, methods={**METHODS, "dsir-warm": {}}, runs=more)
+    found = {goal.what: goal for goal in goals(warm, figures(warm))}
+    assert found["builtin: the best DWM at equal compute, dsir being the best of the others"].bound == compute.bound
+
 
 def test_results_come_back_as_they_were_written(results: Results, tmp_path: Path) -> None:
     results.write(tmp_path / "results.json")
