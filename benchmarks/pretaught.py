@@ -143,7 +143,7 @@ def train_reference(task: tuple[RunConfig, Task], progress: Progress) -> dict[st
     return make_reference(
         data.train,
         data.tokenizer,
-        ReferenceConfig(),
+        ReferenceConfig(size="tiny"),
         trained_on=f"the sources of pip and noise: {len(data.train):,} samples of {config.seq_len} tokens",
         command="make pretaught",
         device="cpu",

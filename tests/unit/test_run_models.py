@@ -88,7 +88,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", ["huge", "somebody/something", "./absent", "x" * 250])
 def test_neither_preset_nor_folder_nor_on_the_hub(hub: Path, name: str) -> None:
     expected = (
-        r"model .* is neither a size \(tiny, nano, .*\), nor a folder with a config\.json of transformers, "
+        r"model .* is neither a size \(pico, tiny, nano, .*\), nor a folder with a config\.json of transformers, "
         r"nor a model that could be loaded from the hub: .+"
     )
     with pytest.raises(InvalidArgument, match=expected) as error:

@@ -20,7 +20,7 @@ MEMORY = 0.995  # of the moments, per probed update: the last two hundred count
 LEAST_PROBES = 2  # of an update that counts
 LEAST_UPDATES = 8  # probed ones; before, nothing is held against the weighter
 COST_OF_CHOICE = 0.07  # what choosing gains in one step by less, it loses by seeing fewer samples more often
-DISTRUSTED_T, T_RANGE = 2.5, 1.5  # trust is 0 up to t = 2.5 and whole from t = 4 on
+DISTRUSTED_T = 3.0  # trust is 0 up to it, and whole from one more on
 LARGEST_T = 1e6  # in place of infinity, where every update agreed to the same degree
 
 
@@ -31,6 +31,7 @@ class TrustSignal:
     updates: int = 0  # probed ones
     weight: float = 0.0  # sum of the weights w
     weight_squares: float = 0.0  # sum of w^2
+    weight_products: float = 0.0  # sum of w_i w_j over i other than j: (sum w)^2 - sum w^2, without its rounding
     mean: float = 0.0
     squares: float = 0.0  # sum of w (x - mean)^2
 
@@ -40,15 +41,16 @@ class TrustSignal:
         Args:
             variance: of the update's logits, above 0.
         """
-        weight = MEMORY * self.weight + variance
+        before = MEMORY * self.weight
+        weight = before + variance
         off = x - self.mean
-        mean = self.mean + off * variance / weight
         return TrustSignal(
             updates=self.updates + 1,
             weight=weight,
             weight_squares=MEMORY**2 * self.weight_squares + variance**2,
-            mean=mean,
-            squares=MEMORY * self.squares + variance * off * (x - mean),
+            weight_products=MEMORY**2 * self.weight_products + 2 * before * variance,
+            mean=self.mean + off * variance / weight,
+            squares=MEMORY * self.squares + off**2 * (before * variance / weight),
         )
 
     @property
@@ -60,17 +62,16 @@ class TrustSignal:
         `variance` is the weighted mean square about the mean; over n - 1 rather than n, as it is about the sample's
         own mean.
         """
-        if self.updates < 2:
+        if not self.weight_products:
             return 0.0
-        n = self.weight**2 / self.weight_squares
-        error = math.sqrt(self.squares / self.weight / (n - 1))
+        error = math.sqrt(self.squares / self.weight * (self.weight_squares / self.weight_products))
         if error <= abs(self.mean) / LARGEST_T:
             return math.copysign(LARGEST_T, self.mean) if self.mean else 0.0
         return self.mean / error
 
     @property
     def factor(self) -> float:
-        """clip((t - 2.5) / 1.5, 0, 1); 1 before the eighth probed update."""
+        """clip(t - 3, 0, 1); 1 before the eighth probed update."""
         if self.updates < LEAST_UPDATES:
             return 1.0
-        return min(max((self.t - DISTRUSTED_T) / T_RANGE, 0.0), 1.0)
+        return min(max(self.t - DISTRUSTED_T, 0.0), 1.0)
