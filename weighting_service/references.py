@@ -93,7 +93,7 @@ class ReferenceStore:
         except Unavailable as exc:
             log.error("uploaded references are looked for when they are asked for: %s", exc)
         else:
-            await asyncio.to_thread(self._uploads.tidy, [known.folder for known in self._known.values()])
+            await asyncio.to_thread(self._uploads.tidy, list(self._known.values()))
         self._count()
 
     async def stop(self) -> None:
@@ -122,9 +122,10 @@ class ReferenceStore:
             await self._look(name)  # what is offered is what reads back
             stored = self._known.get(name)
             if stored is None or (created and stored.info.checksum != info.checksum):
+                failed = self._failed.get(name)
+                why = failed.reason if failed else "it was deleted, or replaced by another one, at the same time"
                 raise Unavailable(
-                    f"reference {name!r} does not read back as it was stored: it was deleted at the same time; "
-                    "try again, or choose another name"
+                    f"reference {name!r} does not read back as it was stored: {why}; try again, or choose another name"
                 )
             return self._view(stored) if created else self._existing(stored, info, exist_ok)
 

@@ -94,12 +94,22 @@ class Storage(abc.ABC):
         return []
 
     def check(self) -> None:
-        """Puts, reads and deletes a blob: raises OSError where the storage can't be used."""
+        """Puts, reads and deletes a blob: raises OSError where the storage can't be used.
+
+        One that does not hold `create`'s promise can be used: it is a warning.
+        """
         key, content = f"check-{uuid.uuid4().hex}", b"can this storage be used?"
         self.put(key, content)
         try:
             if self.get(key) != content:
                 raise OSError(errno.EIO, "the storage gives back something else than was put", self.where(key))
+            with contextlib.suppress(FileExistsError):
+                self.create(key, content)
+                log.warning(
+                    "%s replaces what it is asked to create: of references that are uploaded under one name at the "
+                    "same time it keeps the last",
+                    self.url,
+                )
         finally:
             self.delete(key)
 
@@ -134,7 +144,7 @@ class LocalStorage(Storage):
         self._write(key, [content] if isinstance(content, bytes) else content, os.replace)
 
     def create(self, key: str, content: bytes) -> None:
-        self._write(key, [content], os.link)  # refuses where there is one
+        self._write(key, [content], _place_new)
 
     def _write(self, key: str, parts: Iterable[bytes], place: Callable[[Path, Path], None]) -> None:
         path = self._path(key)
@@ -222,7 +232,12 @@ class ObjectStorage(Storage):
 
     def create(self, key: str, content: bytes) -> None:
         with _naming(self.where(key)):
-            self._filesystem.pipe_file(self.where(key), content, mode="create")
+            try:
+                self._filesystem.pipe_file(self.where(key), content, mode="create")
+            except OSError as exc:  # stores say in many ways that there is one
+                if not self._filesystem.exists(self.where(key)):
+                    raise
+                raise FileExistsError(errno.EEXIST, "there is one") from exc
 
     def get(self, key: str) -> bytes:
         with _naming(self.where(key)):
@@ -294,6 +309,19 @@ def _naming(where: str | Path) -> Iterator[None]:
         raise OSError(code, exc.strerror or str(exc), str(where)) from exc
     except Exception as exc:  # libraries of object stores have kinds of their own for: not reached, no credentials
         raise OSError(errno.EIO, f"{type(exc).__name__}: {exc}", str(where)) from exc
+
+
+def _place_new(temporary: Path, path: Path) -> None:
+    """Gives a file its name unless it is taken."""
+    try:
+        os.link(temporary, path)
+    except OSError as exc:
+        if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        with open(path, "xb") as file:  # where there are no hard links; short blobs are written in one piece
+            file.write(temporary.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _unless_gone(exc: OSError) -> None:

@@ -1,17 +1,21 @@
 """Uploaded references as blobs of a storage that replicas share: read, verified, written; nothing is kept in memory.
 
-A reference is <name>/reference.json, one of a tenant (named "tenant/name") @<tenant>/<name>/reference.json, which no
-name without a tenant can be. All its files lie below that, in a folder named by the SHA-256 of this manifest, so that
-several can be written at the same time; the manifest comes last, where there is none yet, and goes first: without it
-there is no reference. (Earlier versions kept the files beside the manifest: such a reference is read as before.) Knows
-bytes and folders; nothing of models.
+The files of every upload lie in a folder of their own, <name>/<upload>/. Which upload is the reference of that name is
+in the blob <name>/current, which is written last, where there is none yet, and removed first. So of several uploads at
+the same time one is kept, and nobody touches another's files. A tenant's (named "tenant/name") lie at
+@<tenant>/<name>/, which no name without a tenant can be. (Earlier versions kept the files at <name>/<file>, and wrote
+reference.json last: such a reference is read as before.) Knows bytes and folders; nothing of models.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
+import re
 import shutil
+import time
+import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +31,12 @@ from weighting_contract.reference import (
     reference_files,
     write_reference,
 )
-from weighting_service.storage import Storage
+from weighting_service.storage import ABANDONED_S, Storage
+
+log = logging.getLogger(__name__)
+
+CURRENT = "current"
+_UPLOAD = re.compile(r"\d{10}-[0-9a-f]{32}")  # when it began, seconds since 1970, and what makes it the only one
 
 
 @dataclass(frozen=True)
@@ -71,15 +80,26 @@ class Uploads:
 
     def names(self) -> set[str]:
         """Names of the references that are there, verified or not."""
-        manifests = (key.rpartition("/") for key in self._storage.sizes() if key.endswith(f"/{MANIFEST}"))
-        return {folder.removeprefix("@") for folder, _, _ in manifests if folder.count("/") == folder.startswith("@")}
+        keys = (key.rpartition("/") for key in self._storage.sizes())
+        folders = {folder for folder, _, file in keys if file in (CURRENT, MANIFEST)}
+        return {folder.removeprefix("@") for folder in folders if folder.count("/") == folder.startswith("@")}
 
     def fingerprint(self, name: str) -> str | None:
-        """SHA-256 of the reference's manifest, and so of all of it; None where there is no such reference."""
+        """What tells the reference of a name from any other that it had or will have; None where there is none.
+
+        Raises:
+            InvalidArgument: it is damaged.
+        """
         try:
-            return _fingerprint(self._storage.get(f"{_folder(name)}/{MANIFEST}"))
+            upload = self._storage.get(f"{_folder(name)}/{CURRENT}").decode(errors="replace")
         except FileNotFoundError:
+            with contextlib.suppress(FileNotFoundError):
+                return hashlib.sha256(self._storage.get(f"{_folder(name)}/{MANIFEST}")).hexdigest()
             return None
+        if not _UPLOAD.fullmatch(upload):
+            where = self._storage.where(f"{_folder(name)}/{CURRENT}")
+            raise InvalidArgument(f"{where} holds {upload[:40]!r}, which is no upload")
+        return upload
 
     def read(self, name: str) -> Known | None:
         """The reference, verified whole and ready to be loaded from its folder; None where there is none.
@@ -91,7 +111,7 @@ class Uploads:
         if fingerprint is None:
             return None
         try:
-            if folder := self._storage.local(self._contents(name, fingerprint)):
+            if folder := self._storage.local(_contents(name, fingerprint)):
                 return known_reference(name, folder, fingerprint)
             return self._fetched(name, fingerprint)
         except InvalidArgument:
@@ -105,28 +125,56 @@ class Uploads:
         Raises:
             FileExistsError: there is one of this name, and it stays as it is.
         """
-        fingerprint = _fingerprint(files[MANIFEST])
-        contents = f"{_folder(name)}/{fingerprint}"
+        upload = f"{int(time.time()):010d}-{uuid.uuid4().hex}"
         try:
             for file in (*CONTENT, MANIFEST):
-                self._storage.put(f"{contents}/{file}", files[file])
-            self._storage.create(f"{_folder(name)}/{MANIFEST}", files[MANIFEST])
+                self._storage.put(f"{_contents(name, upload)}/{file}", files[file])
+            try:
+                self._storage.create(f"{_folder(name)}/{CURRENT}", upload.encode())
+            except FileExistsError:
+                if self.fingerprint(name) != upload:  # else a store was asked twice, as the first answer was lost
+                    raise
         except OSError:
             with contextlib.suppress(OSError):
-                if self.fingerprint(name) != fingerprint:  # else another replica has stored the very same
-                    self._storage.delete_folder(contents)  # a full disk needs the space
+                if self.fingerprint(name) == upload:
+                    self._storage.delete(f"{_folder(name)}/{CURRENT}")
+                self._storage.delete_folder(_contents(name, upload))  # a full disk needs the space
             raise
 
     def delete(self, name: str) -> None:
-        """Removes a reference, whole or not; none is no error."""
-        self._storage.delete(f"{_folder(name)}/{MANIFEST}")
-        self._storage.delete_folder(_folder(name))
+        """Removes a reference, whole or not; none is no error. What is being uploaded now is none yet, and stays."""
+        try:
+            fingerprint = self.fingerprint(name)
+        except InvalidArgument:  # it names no upload
+            fingerprint = None
+            self._storage.delete(f"{_folder(name)}/{CURRENT}")
+        if fingerprint and _UPLOAD.fullmatch(fingerprint):
+            self._storage.delete(f"{_folder(name)}/{CURRENT}")
+            self._storage.delete_folder(_contents(name, fingerprint))
+        else:
+            for file in (MANIFEST, *CONTENT):
+                self._storage.delete(f"{_folder(name)}/{file}")
 
-    def tidy(self, needed: Collection[Path]) -> None:
-        """Removes what the cache holds beside the folders that are needed."""
+    def tidy(self, known: Collection[Known]) -> None:
+        """Removes what nobody needs: uploads that were never finished, and what the cache holds beside these."""
+        with contextlib.suppress(OSError):  # the next start tries again
+            self._remove_unfinished({reference.fingerprint for reference in known})
         if not self._local and self._cache.is_dir():
-            for folder in set(self._cache.iterdir()) - set(needed):
+            for folder in set(self._cache.iterdir()) - {reference.folder for reference in known}:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_unfinished(self, known: Collection[str]) -> None:
+        for contents in {key.rpartition("/")[0] for key in self._storage.sizes()}:
+            folder, _, upload = contents.rpartition("/")
+            if not folder or not _UPLOAD.fullmatch(upload) or upload in known:
+                continue
+            with contextlib.suppress(InvalidArgument):
+                old = time.time() - int(upload.partition("-")[0]) > ABANDONED_S
+                if old and self.fingerprint(folder.removeprefix("@")) != upload:
+                    log.warning(
+                        "%s was an upload that was never finished; it is removed", self._storage.where(contents)
+                    )
+                    self._storage.delete_folder(contents)
 
     def _fetched(self, name: str, fingerprint: str) -> Known:
         """From the cache where it is intact there, else from the storage."""
@@ -136,7 +184,7 @@ class Uploads:
                 return known_reference(name, folder, fingerprint)
             except InvalidArgument:  # what counts is the storage
                 shutil.rmtree(folder)
-        contents = self._contents(name, fingerprint)
+        contents = _contents(name, fingerprint)
         files = {}
         for file in FILES:
             with contextlib.suppress(FileNotFoundError):  # named by the check
@@ -144,18 +192,10 @@ class Uploads:
         check_reference(files, self._storage.where(contents))
         return known_reference(name, write_reference(folder, files), fingerprint)
 
-    def _contents(self, name: str, fingerprint: str) -> str:
-        """Key of the folder that holds the files of a reference: its own, or where earlier versions put them."""
-        folder = _folder(name)
-        own = f"{folder}/{fingerprint}"
-        stored = self._storage.sizes(f"{folder}/")
-        has_own = any(key.startswith(f"{own}/") for key in stored)
-        beside = any(f"{folder}/{file}" in stored for file in CONTENT)
-        return folder if beside and not has_own else own
 
-
-def _fingerprint(manifest: bytes) -> str:
-    return hashlib.sha256(manifest).hexdigest()
+def _contents(name: str, fingerprint: str) -> str:
+    """Key of the folder that holds the files of a reference: its upload's, or where earlier versions put them."""
+    return f"{_folder(name)}/{fingerprint}" if _UPLOAD.fullmatch(fingerprint) else _folder(name)
 
 
 def _folder(name: str) -> str:

@@ -23,7 +23,7 @@ FILES = models.reference()
 CPU = torch.device("cpu")
 
 
-def with_store(tmp_path: Path, use: Callable[[ReferenceStore], Awaitable[None]]) -> None:
+def with_store(tmp_path: Path, use: Callable[[ReferenceStore], Awaitable[object]]) -> None:
     async def main() -> None:
         store = ReferenceStore(tmp_path / "uploads", models_dir=tmp_path / "models", device=CPU)
         await store.start(Metrics())
@@ -43,6 +43,10 @@ def with_replicas(tmp_path: Path, use: Callable[[ReferenceStore, ReferenceStore]
             await replica.stop()
 
     asyncio.run(main())
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -158,7 +162,7 @@ def test_what_another_replica_uploads_and_deletes_is_noticed(tmp_path: Path) -> 
         await until(lambda: is_so(ours, "mine", ""))
         with pytest.raises(NotFound):
             await ours.delete("mine")
-        assert list((tmp_path / "uploads").iterdir()) == []
+        assert files_of(tmp_path / "uploads") == []
 
     async def is_so(store: ReferenceStore, name: str, checksum: str) -> bool:
         try:
@@ -213,7 +217,7 @@ def test_of_uploads_of_one_name_at_the_same_time_one_is_kept(tmp_path: Path) -> 
             assert isinstance(refused, AlreadyExists)
             for store in (ours, theirs):
                 assert (await store.find(name)).info == kept.info
-            assert len(list((tmp_path / "uploads" / name).iterdir())) == 2  # the manifest, and one folder of files
+            assert len(list((tmp_path / "uploads" / name).iterdir())) == 2  # what is current, and one folder of files
 
     with_replicas(tmp_path, use)
 
@@ -225,7 +229,38 @@ def test_what_an_earlier_version_stored_beside_its_manifest_is_read_and_deleted(
         assert (await store.get("flat", ["tokenizer.json"])).files == {"tokenizer.json": FILES["tokenizer.json"]}
         assert (await store.load(store.known("flat"))).name == "flat"
         await store.delete("flat")
-        assert list((tmp_path / "uploads").iterdir()) == []
+        assert files_of(tmp_path / "uploads") == []
+        await store.put("flat", models.reference(seed=1), exist_ok=False)
+        assert (await store.load(store.known("flat"))).name == "flat"
+
+    with_store(tmp_path, use)
+
+
+def test_what_a_crash_leaves_behind_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    folder = tmp_path / "uploads" / "@acme" / "mine"
+
+    async def use(store: ReferenceStore) -> None:
+        await store.put("acme/mine", FILES, exist_ok=False)
+
+    with_store(tmp_path, use)
+    old, new = (folder / f"{int(time.time()) - age:010d}-{'0' * 32}" for age in (7200, 60))
+    for left in (old, new):
+        write_reference(left, FILES)
+    with_store(tmp_path, lambda store: store.find("acme/mine"))
+    assert not files_of(old)
+    assert len(files_of(new)) == len(FILES)
+
+
+def test_a_pointer_that_names_no_upload_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "uploads" / "odd").mkdir(parents=True)
+    (tmp_path / "uploads" / "odd" / "current").write_text("../other")
+
+    async def use(store: ReferenceStore) -> None:
+        with pytest.raises(FailedPrecondition, match=r"'odd' is damaged: .*odd/current holds '../other'"):
+            await store.find("odd")
+        await store.delete("odd")
+        with pytest.raises(NotFound):
+            await store.find("odd")
 
     with_store(tmp_path, use)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,6 +126,32 @@ def test_a_storage_is_checked_by_use(storage: Storage) -> None:
     storage.put("one", b"1")
     storage.check()
     assert storage.sizes() == {"one": 1}
+
+
+def test_a_storage_that_replaces_what_it_should_create_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Replacing(LocalStorage):
+        def create(self, key: str, content: bytes) -> None:
+            self.put(key, content)
+
+    LocalStorage(tmp_path).check()
+    assert not caplog.messages
+    Replacing(tmp_path).check()
+    assert "replaces what it is asked to create" in caplog.text
+
+
+def test_a_folder_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    storage = open_storage(tmp_path)
+    storage.create("a", b"first")
+    with pytest.raises(FileExistsError, match=str(tmp_path / "a")):
+        storage.create("a", b"again")
+    assert storage.get("a") == b"first"
+    assert storage.sizes() == {"a": 5}
 
 
 def test_what_is_no_key(storage: Storage) -> None:

@@ -29,7 +29,7 @@ class ReferenceConfig:
     out: str = setting("runs/reference", "folder for the reference")
     overwrite: bool = setting(False, "replace a reference that is already in --out")
     size: str = setting(
-        "pico", "size preset, or the name or folder of a transformers causal LM; at most a tenth of yours"
+        "pico", "size preset, or the name or folder of a transformers causal LM; about a tenth of yours, or less"
     )
     steps: int = setting(300, "optimiser steps; 0 takes a folder's model as it is", least=0)
     tokenizer: str = setting("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the pool)")
