@@ -6,7 +6,9 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "fastapi", "uvicorn", "numpy")
@@ -41,3 +43,15 @@ def goal_at_least(value: float, least: float, form: str = "g") -> str:
 def quantile(values: Sequence[float], q: float) -> float:
     """The q-quantile of measured values, 0 < q < 1."""
     return statistics.quantiles(values, n=1000, method="inclusive")[round(q * 1000) - 1]
+
+
+@cache
+def commit() -> str:
+    """Of the work tree that runs, short, with a + where it differs from it."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not known"

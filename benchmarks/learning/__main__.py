@@ -5,7 +5,8 @@
 
 The first runs the matrix of full.yaml (--quick: quick.yaml; --plan: any other), each run a process of one thread, and
 goes on where it was stopped. With --known what a results.json has of the same flags and rate is not run again: use it
-after a change that leaves those runs as they are. The second reads the goals off a results.json and trains nothing.
+after a change that leaves those runs as they are, with --anew for the methods that it does not leave so. The second
+reads the goals off a results.json and trains nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--texts", type=Path, help="folder of books, wiki and web texts; without it those are left out")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs")
     parser.add_argument("--known", type=Path, help="a results.json whose runs and rates are taken as they are")
+    parser.add_argument("--anew", nargs="+", default=(), metavar="METHOD", help="with --known: not of these methods")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument(
         "--check", action="store_true", help="only hold results against the goals; ends with 1 for a miss"
@@ -49,7 +51,7 @@ def main() -> int:
         console.print(table(found))
         return int(not all(goal.reached for goal in found))
     plan = load_plan(given.plan or HERE / ("quick.yaml" if given.quick else "full.yaml"))
-    known = Results.read(given.known) if given.known else Results.none()
+    known = (Results.read(given.known) if given.known else Results.none()).without(given.anew)
     return run(plan, given.out, given.texts, given.processes, console, known)
 
 
@@ -75,7 +77,7 @@ def run(plan: Plan, out: Path, texts: Path | None, processes: int, console: Cons
     rates = validation_losses(plan, out, known)
     chosen = best_rates(plan, rates)
     failed += execute(
-        [r for r in those(plan.runs()) if known.known(plan, r, chosen[r.method]) is None],
+        [r for r in those(plan.runs(chosen)) if known.known(plan, r, chosen[r.method]) is None],
         lambda r: plan.command(r, chosen[r.method], data[r.corpus], out),
         out,
         processes,

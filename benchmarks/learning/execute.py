@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.learning.plan import Run
+from benchmarks.machine import commit
 
+_COMMIT = "commit"
 _COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -29,6 +31,12 @@ _COLUMNS = (
 
 def finished(out: Path, run: Run) -> bool:
     return (out / run.folder / "summary.json").is_file()
+
+
+def made_at(out: Path, run: Run) -> str:
+    """The commit that a finished run was begun at; "" where it is not known."""
+    path = out / run.folder / _COMMIT
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def execute(
@@ -66,8 +74,11 @@ def execute(
 def _run(flags: list[str], folder: Path) -> str:
     """The last line of a run that failed, "" for one that did not."""
     command = [sys.executable, "-m", "trainer_client.run", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment, begun_at = {**os.environ, "OMP_NUM_THREADS": "1"}, commit()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return "" if (folder / "summary.json").is_file() else "it ended well, but left no summary.json"
+    if not (folder / "summary.json").is_file():
+        return "it ended well, but left no summary.json"
+    (folder / _COMMIT).write_text(begun_at, encoding="utf-8")
+    return ""

@@ -5,7 +5,7 @@ Knows flags of `python -m trainer_client.run`, nothing of what they do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,13 +20,13 @@ class Run:
     corpus: str
     method: str  # of the plan
     seed: int
-    rate: float | None  # learning rate; None: the one that was tuned for the method
+    rate: float | None  # learning rate; None: that of all
     tuning: bool = False  # its validation loss decides about the rate, nothing else of it is used
 
     @property
     def folder(self) -> Path:
         """Under the folder of all runs."""
-        name = f"seed-{self.seed}-lr-{self.rate:g}" if self.tuning else f"seed-{self.seed}"
+        name = f"seed-{self.seed}" if self.rate is None else f"seed-{self.seed}-lr-{self.rate:g}"
         return Path("tuning" if self.tuning else "runs") / self.corpus / self.method / name
 
 
@@ -69,10 +69,17 @@ class Plan:
             for rate in self.rates
         ]
 
-    def runs(self) -> list[Run]:
-        """Those that count; a corpus's come together, so that a matrix that is stopped has whole rows."""
+    def runs(self, rates: Mapping[str, float] | None = None) -> list[Run]:
+        """Those that count; a corpus's come together, so that a matrix that is stopped has whole rows.
+
+        Args:
+            rates: learning rate of each method; None: they have one that is known without.
+        """
         return [
-            Run(corpus, method, seed, None) for corpus in self.corpora for seed in self.seeds for method in self.methods
+            Run(corpus, method, seed, (rates or {}).get(method))
+            for corpus in self.corpora
+            for seed in self.seeds
+            for method in self.methods
         ]
 
     def command(self, run: Run, rate: float, data: tuple[str, ...], out: Path) -> list[str]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from benchmarks.learning.execute import made_at
 from benchmarks.learning.plan import Plan, Run
-from benchmarks.machine import describe
+from benchmarks.machine import commit, describe
 from trainer_client.run.metrics import read_metrics
 from trainer_client.run.report import RunSummary, flops_at_points, loss_after, write_json
 from weighting_contract.errors import InvalidArgument
@@ -50,7 +50,7 @@ class Result:
     trust: float | None
     series: Series
     spent: list[float] = field(default_factory=list)  # FLOPs at each point of the curve; none: all steps cost the same
-    commit: str = ""  # that it was collected at; none: that of the whole file
+    commit: str = ""  # that it was begun at; none: that of the whole file
 
     @property
     def flops_a_step(self) -> float:
@@ -108,6 +108,16 @@ class Results:
         """By seed."""
         return sorted((r for r in self.runs if (r.corpus, r.method) == (corpus, method)), key=lambda r: r.seed)
 
+    def without(self, methods: Collection[str]) -> Self:
+        """All but these methods. Raises SystemExit where one of them is none of these."""
+        if missing := sorted(set(methods) - set(self.methods)):
+            raise SystemExit(f"there is no method {missing[0]!r} in the results, which have {', '.join(self.methods)}")
+        return replace(
+            self,
+            methods={name: flags for name, flags in self.methods.items() if name not in methods},
+            runs=[run for run in self.runs if run.method not in methods],
+        )
+
     def same(self, plan: Plan, method: str) -> bool:
         """Whether `plan` means by a method what was run here."""
         return self.flags == plan.flags and self.methods.get(method) == plan.methods[method]
@@ -154,14 +164,14 @@ def collect(
     known: Results | None = None,
 ) -> Results:
     """The figures of all runs of `plan` that are finished in `out`, or known from before."""
-    commit, runs = _commit(), []
-    for run in plan.runs():
-        result = _result(out, run, commit)
+    runs = []
+    for run in plan.runs(chosen):
+        result = _result(out, run)
         if result is None and known:
             result = known.known(plan, run, chosen[run.method])
         if result is not None:
             runs.append(result)
-    return Results(commit, describe(), time.strftime("%Y-%m-%d"), plan.methods, rates, chosen, runs, plan.flags)
+    return Results(commit(), describe(), time.strftime("%Y-%m-%d"), plan.methods, rates, chosen, runs, plan.flags)
 
 
 def validation_losses(plan: Plan, out: Path, known: Results) -> dict[str, dict[str, float]]:
@@ -181,8 +191,9 @@ def validation_losses(plan: Plan, out: Path, known: Results) -> dict[str, dict[s
 
 
 def known_losses(plan: Plan, method: str, known: Results) -> dict[str, float]:
-    """Validation losses by learning rate that an earlier tuning of the same method gave."""
-    return known.rates.get(method, {}) if known.same(plan, method) else {}
+    """Validation losses by learning rate that an earlier tuning of the same method gave, of the plan's rates."""
+    losses = known.rates.get(method, {}) if known.same(plan, method) else {}
+    return {rate: loss for rate, loss in losses.items() if float(rate) in plan.rates}
 
 
 def best_rates(plan: Plan, losses: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -205,7 +216,7 @@ def best_rates(plan: Plan, losses: dict[str, dict[str, float]]) -> dict[str, flo
     return chosen
 
 
-def _result(out: Path, run: Run, commit: str) -> Result | None:
+def _result(out: Path, run: Run) -> Result | None:
     folder = out / run.folder
     summary = _summary(folder)
     if summary is None:
@@ -225,7 +236,7 @@ def _result(out: Path, run: Run, commit: str) -> Result | None:
         spent=flops_at_points(summary),
         trust=summary.trust,
         series=_series(read_metrics(folder / summary.label / "metrics.jsonl"), rate["batch_size"]),
-        commit=commit,
+        commit=made_at(out, run),
     )
 
 
@@ -257,14 +268,3 @@ def _series(lines: list[dict[str, Any]], batch_size: int) -> Series:
 
 def _names(shares: Iterable[dict[str, float]]) -> list[str]:
     return sorted({name for share in shares for name in share})
-
-
-def _commit() -> str:
-    """Short, with a + where the work tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty=+"]
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not known"

@@ -139,7 +139,10 @@ def test_every_run_of_the_plans_is_one_that_the_trainer_takes(name: str, tmp_pat
         config = parse(plan.command(run, run.rate or 2e-3, (), tmp_path))
         assert config.seed == run.seed
         assert config.out == str(tmp_path / run.folder)
-    assert len({run.folder for run in plan.runs()}) == len(plan.runs())
+    rates = dict.fromkeys(plan.methods, 2e-3)
+    assert len({run.folder for run in [*plan.runs(rates), *plan.tuning()]}) == len(plan.runs()) + len(plan.tuning())
+    others = {run.folder for run in plan.runs(dict.fromkeys(plan.methods, 4e-3))}
+    assert not others & {run.folder for run in plan.runs(rates)}
 
 
 def test_the_smallest_rate_that_is_as_good_as_the_best_is_taken() -> None:
@@ -164,6 +167,14 @@ def test_what_an_earlier_matrix_has_of_the_same_flags_and_rate_is_known(results:
     kept = {r.method for r in collect(changed, tmp_path, {}, rates, results).runs}
     assert kept == set(METHODS) - {"dwm", "uniform"}
     assert known_losses(changed, "dwm", results) == {}
+    assert known_losses(replace(plan, rates=(1e-3,)), "dwm", results) == {}
+    anew = results.without(["dwm"])
+    assert {r.method for r in collect(plan, tmp_path, {}, dict.fromkeys(METHODS, rate), anew).runs} == {*METHODS} - {
+        "dwm"
+    }
+    assert known_losses(plan, "dwm", anew) == {}
+    with pytest.raises(SystemExit, match="no method 'dwn' in the results, which have uniform, oracle"):
+        results.without(["dwn"])
     assert collect(replace(plan, flags={"steps": 7}), tmp_path, {}, rates, results).runs == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def results(plan: SharingPlan) -> SharingResults:
     useful: dict[str, int | None] = {str(r.folder): 60 if r.method.startswith("shared") else 90 for r in plan.runs()}
     useful[str(Run("builtin", "own-nano", 0, None).folder)] = None
     jobs: list[list[str | int]] = [[j.corpus, j.size, j.seed] for j in (*plan.jobs, plan.late)]
-    return SharingResults("abc", "a machine", "2026-01-01", plan.methods, {}, {}, runs, jobs[:-1], jobs[-1], useful)
+    about: dict[str, Any] = {"jobs": jobs[:-1], "late": jobs[-1], "useful": useful}
+    return SharingResults("abc", "a machine", "2026-01-01", plan.methods, {}, {}, runs, **about)
 
 
 def test_four_jobs_have_two_targets_and_two_sizes_each(plan: SharingPlan) -> None:
