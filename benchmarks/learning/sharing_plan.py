@@ -5,6 +5,7 @@ Knows flags of `python -m trainer_client.run`, nothing of what they do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ class SharingPlan(Plan):
         """The job with the small model and the same target."""
         return next(j for j in self.jobs if j.corpus == larger.corpus and j.size == self.late.size)
 
-    def runs(self) -> list[Run]:
+    def runs(self, rates: Mapping[str, float] | None = None) -> list[Run]:
         return [*self.alone(), *self.together(), *self.after()]
 
 
