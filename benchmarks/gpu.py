@@ -69,7 +69,7 @@ class Setting:
     lr: float = 1e-3
     eval_every: int = 50
     device: str = "cuda"
-    reference: str = "base"  # of the roofline; runs have a tiny one, trained on their data
+    reference: str = "base"  # of the roofline; runs have a small one, trained on their data
     samples: int = 4096  # that the roofline scores; 0: none is measured
     matrix: int = 8192  # side of the product
     rounds: int = 7
@@ -95,7 +95,7 @@ SMALL = Setting(
     lr=2e-3,
     eval_every=4,
     device="cpu",
-    reference="tiny",
+    reference="pico",
     samples=128,
     matrix=256,
     rounds=3,

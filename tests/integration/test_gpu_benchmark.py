@@ -30,7 +30,7 @@ def test_the_small_form_measures_all_runs_and_a_reference(tmp_path: Path) -> Non
     assert reference["parameters"] == read(tmp_path / "runs" / "learn" / "summary.json")["reference"]["parameters"]
     for kind in ("scoring", "plain"):
         per_token = reference[kind] / reference[f"{kind}_tokens"]
-        assert per_token == pytest.approx(2 * reference["parameters"] + 2 * 64 * 32)  # attention: one layer of width 32
+        assert per_token == pytest.approx(2 * reference["parameters"] + 2 * 64 * 16)  # attention: one layer of width 16
     assert found["hardware"].splitlines()[0] in done.stdout
 
 
