@@ -236,8 +236,9 @@ class Weighter(Pretrained):
         job = self._jobs.get(update.job_id, JobSignal()).observe(cotangent, agreement, learning.cotangent_memory)
         taught = scaled(cotangent, job.rms(learning.cotangent_memory), learning)
         if update.drawn_evenly.sum() >= LEAST_PROBES and np.ptp(given) > 0:
-            cost = COST_OF_CHOICE if update.estimator is Estimator.SCORE_FUNCTION else 0.0
-            job = replace(job, trust=job.trust.add(agreement - cost, float(given.var())))
+            chosen = update.estimator is Estimator.SCORE_FUNCTION
+            cost, weight = (COST_OF_CHOICE, float(given.var())) if chosen else (0.0, 1.0)
+            job = replace(job, trust=job.trust.add(agreement - cost, weight))
         return _Heard(samples, taught, job, agreement, float(given.std()))
 
     def _learn(self, heard: _Heard, estimator: Estimator) -> _Lesson | None:

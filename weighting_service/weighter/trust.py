@@ -3,9 +3,9 @@
 What an update says is the correlation of -cotangent with the logits given before, over its samples: whether a high
 logit went with a helpful sample. Samples that were chosen by their logits count as well, as a choice by the one side of
 a regression does not bias its slope; but without some that were drawn evenly, the *probes*, logits would differ too
-little to say much. For the same reason an update counts by the variance of its logits, as it would for a slope: one
-whose samples were chosen for being alike shows nothing either way. From the correlation of samples that were chosen,
-`COST_OF_CHOICE` is taken.
+little to say much. For the same reason an update of chosen samples counts by the variance of its logits, as it would
+for a slope: one whose samples were chosen for being alike shows nothing either way. And `COST_OF_CHOICE` is taken from
+its correlation.
 
 Plain float64 arithmetic on the CPU, so that it is the same on every device. Knows no model and nothing of how a
 weighter learns.
@@ -26,7 +26,7 @@ LARGEST_T = 1e6  # in place of infinity, where every update agreed to the same d
 
 @dataclass(frozen=True)
 class TrustSignal:
-    """Moments of what each update so far says, x, weighted by its logits' variance; weights fade by `MEMORY`."""
+    """Weighted moments of what each update so far says, x; weights fade by `MEMORY`."""
 
     updates: int = 0  # probed ones
     weight: float = 0.0  # sum of the weights w
@@ -35,22 +35,22 @@ class TrustSignal:
     mean: float = 0.0
     squares: float = 0.0  # sum of w (x - mean)^2
 
-    def add(self, x: float, variance: float) -> TrustSignal:
+    def add(self, x: float, weight: float) -> TrustSignal:
         """With one more update's agreement. Moves mean and squares together, so that nothing cancels (West, 1979).
 
         Args:
-            variance: of the update's logits, above 0.
+            weight: above 0: the variance of the logits of chosen samples, 1 for samples as they were drawn.
         """
         before = MEMORY * self.weight
-        weight = before + variance
+        total = before + weight
         off = x - self.mean
         return TrustSignal(
             updates=self.updates + 1,
-            weight=weight,
-            weight_squares=MEMORY**2 * self.weight_squares + variance**2,
-            weight_products=MEMORY**2 * self.weight_products + 2 * before * variance,
-            mean=self.mean + off * variance / weight,
-            squares=MEMORY * self.squares + off**2 * (before * variance / weight),
+            weight=total,
+            weight_squares=MEMORY**2 * self.weight_squares + weight**2,
+            weight_products=MEMORY**2 * self.weight_products + 2 * before * weight,
+            mean=self.mean + off * weight / total,
+            squares=MEMORY * self.squares + off**2 * (before * weight / total),
         )
 
     @property
