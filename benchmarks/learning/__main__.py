@@ -77,7 +77,7 @@ def run(plan: Plan, out: Path, texts: Path | None, processes: int, console: Cons
     rates = validation_losses(plan, out, known)
     chosen = best_rates(plan, rates)
     failed += execute(
-        [r for r in those(plan.runs(chosen)) if known.known(plan, r, chosen[r.method]) is None],
+        [r for r in those(plan.runs(chosen)) if known.known(plan, r) is None],
         lambda r: plan.command(r, chosen[r.method], data[r.corpus], out),
         out,
         processes,

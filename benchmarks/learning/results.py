@@ -122,11 +122,11 @@ class Results:
         """Whether `plan` means by a method what was run here."""
         return self.flags == plan.flags and self.methods.get(method) == plan.methods[method]
 
-    def known(self, plan: Plan, run: Run, rate: float) -> Result | None:
+    def known(self, plan: Plan, run: Run) -> Result | None:
         """What is known of a run of `plan`: of the same flags and learning rate."""
         if not self.same(plan, run.method):
             return None
-        found = [r for r in self.of(run.corpus, run.method) if r.seed == run.seed and r.rate == rate]
+        found = [r for r in self.of(run.corpus, run.method) if (r.seed, r.rate) == (run.seed, run.rate)]
         return replace(found[0], commit=found[0].commit or self.commit) if found else None
 
     @property
@@ -161,16 +161,11 @@ def collect(
     out: Path,
     rates: dict[str, dict[str, float]],
     chosen: dict[str, float],
-    known: Results | None = None,
+    known: Results,
 ) -> Results:
     """The figures of all runs of `plan` that are finished in `out`, or known from before."""
-    runs = []
-    for run in plan.runs(chosen):
-        result = _result(out, run)
-        if result is None and known:
-            result = known.known(plan, run, chosen[run.method])
-        if result is not None:
-            runs.append(result)
+    found = (_result(out, run) or known.known(plan, run) for run in plan.runs(chosen))
+    runs = [result for result in found if result is not None]
     return Results(commit(), describe(), time.strftime("%Y-%m-%d"), plan.methods, rates, chosen, runs, plan.flags)
 
 

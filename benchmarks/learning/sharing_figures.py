@@ -82,7 +82,7 @@ class Comparison:
 
 def collect_sharing(plan: SharingPlan, out: Path) -> SharingResults:
     """The figures of all finished runs of `plan` in `out`."""
-    results = collect(plan, out, {}, {})
+    results = collect(plan, out, {}, {}, Results.none())
     useful = {}
     for run in results.runs:
         target = TARGET_SOURCES.get(run.corpus)
