@@ -5,8 +5,8 @@
 The service is a process of its own with one CPU thread, and scores by a reference of the demo's recipe; the training
 has a thread, too. Every kind of training goes on in turns, in blocks of steps, so that whatever else the machine does
 meets all alike; a figure is the median over rounds of a block's time over that of the block without a weighter beside
-it. `learn` teaches at the default cadence (the first steps, which are all taught, are over), with the samples that
-the demo takes.
+it. `learn` teaches at the cadence of a fresh weighter, `frozen` sends what a job's trust is earned by, as often as
+`run` does once the first steps are over, with the samples that the demo takes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from benchmarks.machine import describe, goal
 from benchmarks.score import start_service
 from trainer_client import Client, Job, Limits, Timeouts, connect
-from trainer_client.cadence import CADENCE_INSIDE, Cadence
+from trainer_client.cadence import CADENCE_INSIDE, CADENCE_TAUGHT
 from trainer_client.features import batch_features
 from trainer_client.hypergradient import cotangent
 from trainer_client.late_weights import late_weights
@@ -43,10 +43,10 @@ REFERENCE = "demo"
 VOCABULARY, TOKENS, BATCH, CANDIDATES, AHEAD, PROBES = 1024, 64, 32, 5, 2, 4
 TAUGHT, VALIDATION, LEARNING_RATE = 12, 4, 2e-3
 NEW = 5  # one candidate in so many has not been scored before, as in the demo: its pool is passed five times
-BLOCK = 30  # steps, a multiple of the cadence
+BLOCK = 50  # steps, a multiple of all cadences
 GOALS = {"frozen": 0.02, "learn": 0.08}
 PATIENT = Timeouts(score_s=60, meta_update_s=60, admin_s=60, close_s=60)
-CADENCE = Cadence(first=0)  # the first steps are over
+EVERY = {"learn": CADENCE_INSIDE.every, "frozen": CADENCE_TAUGHT.every}  # steps, once the first are over
 
 
 def main() -> int:
@@ -156,7 +156,7 @@ class Weighting(Training):
         super().__init__(size)
         spec = {"features": {"names": list(COLUMNS)}}
         self.job = opened(client, weighter=f"weight-{role}", role=role, spec=spec)
-        self.learns = role == "learn"
+        self.every = EVERY[role]
         self.unigram_nll = torch.full((VOCABULARY,), float(np.log(VOCABULARY)))
         target, pool = (count_ngrams(samples(10**6, count).numpy()) for count in (64, 2048))
         self.profile = profile_table(log_ratios(target, pool))
@@ -168,9 +168,9 @@ class Weighting(Training):
         return losses
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
-        if self.learns and CADENCE_INSIDE.due(self.step):
+        if self.step % self.every == 0:
             taught = self.features(tokens[:TAUGHT], losses[:TAUGHT])
-            self.job.meta_update(self.cotangent(tokens, losses), taught, self.step)
+            self.job.meta_update(self.cotangent(tokens, losses), taught, self.step, probes=np.ones(TAUGHT, np.bool_))
 
     def features(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
         unigram_nll = self.unigram_nll[tokens[:, 1:]]
@@ -182,7 +182,8 @@ class Selecting(Training):
 
     def __init__(self, size: str, client: Client, role: Any) -> None:
         super().__init__(size)
-        self.learns = role == "learn"
+        self.every = EVERY[role]
+        self.new = 10**5 * (1 + list(EVERY).index(role))  # candidates of its own, as those of others are known
         documents = list(samples(10**6, 64).numpy())
         self.job = opened(
             client, weighter=f"select-{role}", role=role, initial="pretaught", reference=REFERENCE, profile=documents
@@ -199,13 +200,13 @@ class Selecting(Training):
         return self.drawn.pop(self.step)[torch.from_numpy(self.selection.kept)]
 
     def submit(self, step: int) -> None:
-        new = samples(step + (10**5 if self.learns else 2 * 10**5), CANDIDATES * BATCH // NEW)
+        new = samples(self.new + step, CANDIDATES * BATCH // NEW)
         self.drawn[step] = torch.cat([new, self.pool[len(new) :]])
         candidates = self.drawn[step].numpy().astype(np.uint16)
-        self.selector.submit(step, candidates, probes=PROBES if self.learns and CADENCE.due(step) else 0)
+        self.selector.submit(step, candidates, probes=PROBES if step % self.every == 0 else 0)
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
-        if self.learns and CADENCE.due(self.step):
+        if self.step % self.every == 0:
             self.selector.teach(self.step, self.cotangent(tokens, losses), self.selection)
 
 

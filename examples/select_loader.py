@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from trainer_client import connect
 from trainer_client.hypergradient import cotangent
 from trainer_client.loss import causal_token_losses, per_sample_loss
-from trainer_client.select import select
+from trainer_client.select import CADENCE_TAUGHT, select
 
 TOKENS, BATCH, CANDIDATES, LEARNING_RATE = 32, 16, 4, 3e-3
 TAUGHT = 8  # samples of a batch: the first, which its probes are among
@@ -106,7 +106,9 @@ def train(url: str, steps: int) -> Counter[str]:
             tokenizer_checksum=reference.tokenizer_checksum,
             profile=described,
         ) as job:
-            batches = select(loader, job, candidates=CANDIDATES, warm_up=WARM_UP)  # (3) instead of the loader
+            batches = select(  # (3) instead of the loader
+                loader, job, candidates=CANDIDATES, warm_up=WARM_UP, cadence=CADENCE_TAUGHT
+            )
             for step, batch in zip(range(steps), batches, strict=False):
                 ids = batch["input_ids"]
                 loss = sample_losses(model, ids).mean()

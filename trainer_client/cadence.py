@@ -1,4 +1,4 @@
-"""When a weighter is taught: in each of a run's first steps, then in every few. Knows neither jobs nor loops."""
+"""When a weighter is taught: often in a run's first steps, then in every few. Knows neither jobs nor loops."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ class Cadence:
 
     Args:
         every: steps between two meta-updates.
-        first: steps at the beginning that have one each; fewer where a weighter was taught before (TAUGHT_FIRST).
+        first: steps at the beginning in which they are `first_every` apart.
+        first_every: 1: each of the first steps has one.
 
     Raises:
-        InvalidArgument: `every` below 1 or `first` below 0.
+        InvalidArgument: `every` or `first_every` below 1, or `first` below 0.
     """
 
     every: int = 10
     first: int = 100
+    first_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.first < 0:
+        if min(self.every, self.first_every) < 1 or self.first < 0:
             raise InvalidArgument(
-                f"a cadence has every {self.every} and first {self.first}, expected 1 or more and 0 or more"
+                f"a cadence has every {self.every}, first {self.first} and first_every {self.first_every}, "
+                "expected 1, 0 and 1 or more"
             )
 
     def due(self, step: int) -> bool:
         """Whether optimiser step `step`, from 0, has a meta-update."""
-        return step < self.first or step % self.every == 0
+        return step % (self.first_every if step < self.first else self.every) == 0
 
 
-CADENCE_INSIDE = Cadence(first=0)  # for weights inside a batch, which are in no hurry
-TAUGHT_FIRST = 48  # `first` where a weighter was taught before: trust needs no more, and more would move it
+# By what a weighter does, and by what is left to be decided about it; the figures are in docs/method.md.
+CADENCE_INSIDE = Cadence(first=0)  # for weights inside a batch
+CADENCE_INSIDE_FROZEN = Cadence(every=50, first=300, first_every=10)  # for their trust alone
+CADENCE_TAUGHT = Cadence(every=50, first=32)  # for a choice by a weighter that was taught before: its trust, mostly

@@ -67,6 +67,11 @@ class Job:
         return self._closed
 
     @property
+    def frozen(self) -> bool:
+        """Whether it only scores; its meta-updates are for its trust alone."""
+        return self._link.frozen
+
+    @property
     def attached(self) -> bool:
         """Whether the service knows this job; while it doesn't, weights are uniform and attaching goes on."""
         return self._link.attached
@@ -239,7 +244,7 @@ class Job:
             request = self._update_request(batch, cotangent, step, scored_position, estimator, update_id)
             if probes is not None:
                 request.probes.CopyFrom(wire.probes_message(probes, batch.rows() or 0))
-            elif self._link.frozen:
+            elif self.frozen:
                 raise FailedPrecondition(
                     "this job is frozen, it scores only, and sends probes to earn its trust; open it with "
                     "role='learn' to teach"
@@ -406,7 +411,7 @@ class Job:
             cotangent=wire.cotangent_message(cotangent),
             scored_position=self._link.position if scored_position is None else scored_position,
             estimator=wire.ESTIMATORS[estimator],
-            trust_only=self._link.frozen,
+            trust_only=self.frozen,
         )
 
     def _refused(self, step: int, exc: WeighbridgeError) -> None:

@@ -195,7 +195,12 @@ class States:
         return self._log.vouch(uid, snapshot.position, computed, snapshot.digest) == snapshot.digest
 
     def _fresh(self, record: WeighterRecord) -> Weighter:
-        return Weighter(record.spec, device=device_of(record.spec, self._device), models_dir=self._models_dir)
+        return Weighter(
+            record.spec,
+            device=device_of(record.spec, self._device),
+            models_dir=self._models_dir,
+            taught_before=bool(record.initial),
+        )
 
     def _environment_of(self, record: WeighterRecord, weighter: Weighter, snapshot: Snapshot) -> str:
         """Of states that follow from a snapshot here: one of another environment leaves its mark on all of them."""

@@ -338,6 +338,16 @@ def test_probes_come_in_the_steps_that_are_taught(server: ScriptedServer) -> Non
     assert seen[:7] == [(True, 2), (True, 2), (False, 0), (True, 2), (False, 0), (False, 0), (True, 2)]
 
 
+@pytest.mark.parametrize(
+    ("role", "first", "later"), [("learn", 100, [100, 110]), ("frozen", 32, [50, 100])], ids=["learn", "frozen"]
+)
+def test_a_frozen_job_is_asked_for_less(server: ScriptedServer, role: Any, first: int, later: list[int]) -> None:
+    client, job = open_job(server, role=role)
+    with client, job, select(loader_of(960), job, candidates=2) as batches:
+        taught = [batches.current.step for _ in batches if batches.due and batches.current is not None]
+    assert taught == [*range(first), *later]
+
+
 def test_without_probes_a_warm_up_does_not_count_for_the_trust(server: ScriptedServer) -> None:
     client, job = open_job(server)
     with client, job:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 
 import pytest
 
+from trainer_client.cadence import Cadence
 from trainer_client.flags import flag
 from trainer_client.run.config import RunConfig, load, parse
 from trainer_client.run.variants import LABELS, label_of, variant_of
@@ -296,7 +298,34 @@ def test_a_learned_choice_warms_up_and_others_where_they_are_told_to():
     assert parse(["--select-warmup", "0"]).warm_up_of("dwm") == 0
 
 
-def test_a_weighter_that_was_taught_needs_fewer_first_steps():
-    for flags, first in (([], 48), (["--role", "frozen"], 48), (["--weighter-from", "none"], 100)):
-        config = parse(flags)
-        assert config.cadence(config.main).first == first
+@pytest.mark.parametrize(
+    ("flags", "first", "every"),
+    [
+        ("", 32, 50),
+        ("--role frozen", 32, 50),
+        ("--weighter-from none", 100, 10),
+        ("--weighter-from none --role frozen", 32, 50),
+        ("--mode weight", 0, 10),
+        ("--mode both", 100, 10),  # the weighter inside the batch is a fresh one
+        ("--meta-every 7", 32, 7),
+        ("--meta-first 0", 0, 50),
+        ("--mode weight --meta-first 5", 5, 10),
+    ],
+)
+def test_a_weighter_that_was_taught_before_needs_fewer_updates(flags: str, first: int, every: int):
+    config = parse(flags.split())
+    assert config.cadence(config.main) == Cadence(every, first)
+
+
+@pytest.mark.parametrize(
+    ("flags", "taught"),
+    [
+        ("", [*range(0, 300, 10), *range(300, 600, 50)]),
+        ("--meta-every 5", range(0, 600, 5)),
+        ("--meta-every 100", [*range(0, 300, 10), *range(300, 600, 100)]),
+        ("--meta-first 3", [0, 1, 2, *range(50, 600, 50)]),
+    ],
+)
+def test_a_frozen_weighter_inside_the_batch_earns_its_trust_early(flags: str, taught: Iterable[int]):
+    config = parse(["--mode", "weight", "--role", "frozen", *flags.split()])
+    assert [step for step in range(600) if config.cadence(config.main).due(step)] == list(taught)

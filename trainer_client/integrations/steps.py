@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer_client.cadence import CADENCE_INSIDE, Cadence
+from trainer_client.cadence import CADENCE_INSIDE, CADENCE_INSIDE_FROZEN, Cadence
 from trainer_client.client import Client, connect
 from trainer_client.features import FEATURE_NAMES
 from trainer_client.group_job import GroupJob, group_job
@@ -46,7 +46,7 @@ class Weighting:
         weighter: its name; made to read the portable statistics where it is missing.
         role: "learn" scores and teaches, "frozen" scores only.
         on_failure: "uniform" trains on with equal weights, "raise" raises, for debugging.
-        cadence: the steps that are taught in.
+        cadence: the steps that are taught in; None: every tenth, or those that a frozen job's trust needs.
         meta_batch: samples of a step, over all ranks, that a meta-update is made of; at most a micro-batch a rank.
         validation_batch: validation samples that one is taken towards, over all ranks.
         counts: [V] how often each token occurs in the training data; None: counted in the first `counted_steps` steps.
@@ -67,7 +67,7 @@ class Weighting:
     weighter: str = "default"
     role: Literal["learn", "frozen"] = "learn"
     on_failure: OnFailure = "uniform"
-    cadence: Cadence = CADENCE_INSIDE
+    cadence: Cadence | None = None
     meta_batch: int = 12
     validation_batch: int = 4
     counts: Tensor | None = None
@@ -201,7 +201,8 @@ class WeightedSteps:
 
     def due(self, step: int) -> bool:
         """Whether the weighter is taught in this step."""
-        return self.weighting.cadence.due(step)
+        usual = CADENCE_INSIDE_FROZEN if self.weighting.role == "frozen" else CADENCE_INSIDE
+        return (self.weighting.cadence or usual).due(step)
 
     @property
     def taught_rows(self) -> int:

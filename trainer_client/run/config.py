@@ -13,11 +13,11 @@ import secrets
 import time
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer_client.cadence import CADENCE_INSIDE, TAUGHT_FIRST, Cadence
+from trainer_client.cadence import CADENCE_INSIDE, CADENCE_INSIDE_FROZEN, CADENCE_TAUGHT, Cadence
 from trainer_client.flags import add_flags, check_fields, credential_arguments, flag, given_flags, setting
 from trainer_client.run.config_file import read_settings
 from trainer_client.run.methods.names import JUDGED
@@ -133,10 +133,13 @@ class RunConfig:
         ("resend", "continue", "stop"),
     )
     hypergradient: str = setting("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
-    meta_every: int = setting(0, "steps between meta-updates (0: 10)", least=0)
+    meta_every: int = setting(
+        0, "steps between meta-updates (0: 10, or 50 for a frozen weighter and a choice by one taught before)", least=0
+    )
     meta_first: int = setting(
         -1,
-        "selection: first steps, which have a meta-update each (-1: 100, or 48 for a weighter that was taught before)",
+        "first steps, which have a meta-update each (-1: 100 where a fresh weighter chooses, 32 for one taught before, "
+        "none inside the batch)",
         least=-1,
     )
     meta_batch: int = setting(12, "samples of the batch that a meta-update carries")
@@ -258,11 +261,19 @@ class RunConfig:
         return credential_arguments(self)
 
     def cadence(self, variant: Variant) -> Cadence:
-        """The steps in which the weighter of a variant is taught. Inside a batch it is not in a hurry."""
+        """The steps in which the weighter of a variant is taught, or its trust is earned."""
+        frozen = variant.role == "frozen"
         if not variant.selects:
-            return Cadence(self.meta_every or CADENCE_INSIDE.every, CADENCE_INSIDE.first)
-        first = TAUGHT_FIRST if variant.pretaught or variant.from_export else Cadence.first
-        return Cadence(self.meta_every or Cadence.every, first if self.meta_first < 0 else self.meta_first)
+            usual = CADENCE_INSIDE_FROZEN if frozen else CADENCE_INSIDE
+        elif frozen or (not variant.weighs and (variant.pretaught or variant.from_export)):
+            usual = CADENCE_TAUGHT
+        else:
+            usual = Cadence()
+        if self.meta_first >= 0:
+            usual = replace(usual, first=self.meta_first, first_every=1)
+        if self.meta_every:
+            usual = replace(usual, every=self.meta_every, first_every=min(usual.first_every, self.meta_every))
+        return usual
 
     def warm_up_of(self, method: str) -> int:
         """First steps of a run of that method in which a part of a chosen batch is drawn evenly all the same."""

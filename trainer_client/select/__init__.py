@@ -11,9 +11,9 @@
 `Selector` need no torch.
 """
 
-from trainer_client.cadence import Cadence
+from trainer_client.cadence import CADENCE_TAUGHT, Cadence
 from trainer_client.select.batches import SelectedBatches, select
 from trainer_client.select.choice import Selection, choose
 from trainer_client.select.selector import Selector
 
-__all__ = ["Cadence", "SelectedBatches", "Selection", "Selector", "choose", "select"]
+__all__ = ["CADENCE_TAUGHT", "Cadence", "SelectedBatches", "Selection", "Selector", "choose", "select"]

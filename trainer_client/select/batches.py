@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from trainer_client.cadence import Cadence
+from trainer_client.cadence import CADENCE_TAUGHT, Cadence
 from trainer_client.counters import unexpected
 from trainer_client.job import Job
 from trainer_client.select.choice import WARM_UP, Selection, evenly_in_warm_up
@@ -56,7 +56,8 @@ def select(
         tokens: where the token ids are: None: "input_ids", or the first integer tensor of two dimensions; a key; or a
             callable that takes a batch and returns the ids [N, T], padded on the right, or ids and lengths, or texts.
         start_step: of the first batch, where a run goes on that keeps no `state_dict` of this.
-        cadence: the steps to be taught in, None: `Cadence()`; `SelectedBatches.due` says when one has come.
+        cadence: the steps to be taught in, None: `Cadence()`, or `CADENCE_TAUGHT` of a frozen job.
+            `SelectedBatches.due` says when one has come.
         wear: times that a content is trained on, beyond twice the usual, that divide its weight by e
             (`TimesSeen.wear`); 0: never.
         warm_up: first steps of a new model, in which a falling share of each batch is drawn evenly
@@ -75,7 +76,7 @@ def select(
         seed,
         tokens,
         start_step,
-        cadence or Cadence(),
+        cadence or (CADENCE_TAUGHT if job.frozen else Cadence()),
         wear,
         warm_up,
     )

@@ -35,7 +35,7 @@ from weighting_service.weighter.normalise import guarded, to_weights, weights_of
 from weighting_service.weighter.optimiser import AdamW, Layout, clipped
 from weighting_service.weighter.pretrained import Pretrained
 from weighting_service.weighter.state import State, check_tensors, state_from_json, state_to_json
-from weighting_service.weighter.trust import COST_OF_CHOICE, LEAST_PROBES
+from weighting_service.weighter.trust import COST_OF_CHOICE, FIRST_LESSONS, LEAST_PROBES
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,19 @@ class Weighter(Pretrained):
         spec: inputs, head and learning.
         device: where the model lives.
         models_dir: holds the folders of pretrained token encoders.
+        taught_before: its parameters will be loaded from an export; else it is fresh, and its first lessons say nothing
+            of how far it can be trusted.
 
     Raises:
         InvalidArgument: the token encoder can't be built or loaded.
     """
 
-    def __init__(self, spec: WeighterSpec, *, device: torch.device, models_dir: Path | None = None) -> None:
+    def __init__(
+        self, spec: WeighterSpec, *, device: torch.device, models_dir: Path | None = None, taught_before: bool = False
+    ) -> None:
         self.spec = spec
         self.device = device
+        self._taught_before = taught_before
         head = spec.head
         self._normalise = partial(
             to_weights,
@@ -235,8 +240,9 @@ class Weighter(Pretrained):
         agreement = correlation(-cotangent, given)
         job = self._jobs.get(update.job_id, JobSignal()).observe(cotangent, agreement, learning.cotangent_memory)
         taught = scaled(cotangent, job.rms(learning.cotangent_memory), learning)
-        if update.drawn_evenly.sum() >= LEAST_PROBES and np.ptp(given) > 0:
-            chosen = update.estimator is Estimator.SCORE_FUNCTION
+        chosen = update.estimator is Estimator.SCORE_FUNCTION
+        counts = not chosen or self._taught_before or self._statistics.updates_applied >= FIRST_LESSONS
+        if counts and update.drawn_evenly.sum() >= LEAST_PROBES and np.ptp(given) > 0:
             cost, weight = (COST_OF_CHOICE, float(given.var())) if chosen else (0.0, 1.0)
             job = replace(job, trust=job.trust.add(agreement - cost, weight))
         return _Heard(samples, taught, job, agreement, float(given.std()))

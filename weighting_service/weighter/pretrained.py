@@ -24,7 +24,7 @@ class Pretrained:
 
     if TYPE_CHECKING:
 
-        def __init__(self, spec: WeighterSpec, *, device: torch.device) -> None: ...
+        def __init__(self, spec: WeighterSpec, *, device: torch.device, taught_before: bool) -> None: ...
 
     def save_pretrained(self, folder: str | os.PathLike[str], card: str = "") -> Path:
         """Writes the published state into `folder`, made where it is missing: what ExportWeighter gives; the folder.
@@ -50,6 +50,6 @@ class Pretrained:
             InvalidArgument: a file is missing, was truncated or changed, or holds no weighter; one sentence names it.
         """
         files = export_files(folder)
-        weighter = cls(check_export(files, str(folder)).spec, device=torch.device(device))
+        weighter = cls(check_export(files, str(folder)).spec, device=torch.device(device), taught_before=True)
         load_parameters(cast("Weighter", weighter), files, str(folder))
         return weighter

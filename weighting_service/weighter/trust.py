@@ -5,7 +5,8 @@ logit went with a helpful sample. Samples that were chosen by their logits count
 a regression does not bias its slope; but without some that were drawn evenly, the *probes*, logits would differ too
 little to say much. For the same reason an update of chosen samples counts by the variance of its logits, as it would
 for a slope: one whose samples were chosen for being alike shows nothing either way. And `COST_OF_CHOICE` is taken from
-its correlation.
+its correlation. A fresh weighter's first lessons don't count where samples were chosen: what one cotangent taught, the
+next ones repeat for as long as all texts are as new to the model, and on data that are all alike, too.
 
 Plain float64 arithmetic on the CPU, so that it is the same on every device. Knows no model and nothing of how a
 weighter learns.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 MEMORY = 0.995  # of the moments, per probed update: the last two hundred count
 LEAST_PROBES = 2  # of an update that counts
+FIRST_LESSONS = 24  # of a fresh weighter: what it prefers meanwhile agrees with the next cotangents in any case
 LEAST_UPDATES = 8  # probed ones; before, nothing is held against the weighter
 COST_OF_CHOICE = 0.07  # what choosing gains in one step by less, it loses by seeing fewer samples more often
 DISTRUSTED_T = 3.0  # trust is 0 up to it, and whole from one more on
