@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.machine import describe, quantile
 from benchmarks.mixtures import large_mixture
 from trainer_client.reference.config import ReferenceConfig
-from trainer_client.reference.train import train_reference
+from trainer_client.reference.train import save_reference
 from trainer_client.run.data import load_corpus, make_samples
 from trainer_client.run.metrics import read_metrics
 from trainer_client.run.models import SIZES, count_parameters
@@ -259,7 +259,7 @@ def measure_roofline(setting: Setting) -> Roofline:
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "reference"
         config = ReferenceConfig(size=setting.reference, steps=0)
-        train_reference(samples, tokenizer, folder, config, trained_on="nothing", command="benchmark")
+        save_reference(samples, tokenizer, folder, config, trained_on="nothing", command="benchmark")
         reference = load_reference(folder, device)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.eval().to(device)

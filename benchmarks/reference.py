@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import describe, goal_at_least, quantile
 from trainer_client.reference.config import ReferenceConfig
-from trainer_client.reference.train import load_pool, train_reference
+from trainer_client.reference.train import load_pool, save_reference
 from trainer_client.run.data import make_samples
 from trainer_client.run.tokenizer import Tokenizer, cached_tokenizer
 from weighting_service.reference import Reference, load_reference
@@ -74,7 +74,7 @@ def measure(
     folder = parent / str(seq_len)
     samples = make_samples(documents, tokenizer, seq_len)
     config = ReferenceConfig(size=size, steps=0)  # speed does not depend on what it has learned
-    train_reference(samples, tokenizer, folder, config, trained_on="nothing", command="benchmark")
+    save_reference(samples, tokenizer, folder, config, trained_on="nothing", command="benchmark")
     reference = load_reference(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     packs = pack_rows([row[: reference.max_tokens] for row in rows], reference.tokens_per_pack)

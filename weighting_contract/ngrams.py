@@ -6,12 +6,14 @@ Knows nothing of models, files or services.
 
 The hash, exactly, for other languages: with token ids a and b and all arithmetic modulo 2**32,
 
-    unigram a        h = a * 0x9E3779B1                  + 0xC2B2AE3D
-    bigram (a, b)    h = a * 0x9E3779B1 + b * 0x85EBCA77 + 0x27D4EB2F
-    both             h = h ^ (h >> 15);  h = h * 0x2C1B3C6D;  h = h ^ (h >> 12)
-    bucket           the top log2(buckets) bits of h
+    unigram a            h = a * 0x9E3779B1                                   + 0xC2B2AE3D
+    bigram (a, b)        h = a * 0x9E3779B1 + b * 0x85EBCA77                  + 0x27D4EB2F
+    trigram (a, b, c)    h = a * 0x9E3779B1 + b * 0x85EBCA77 + c * 0xC2B2AE3D + 0x165667B1
+    all                  h = h ^ (h >> 15);  h = h * 0x2C1B3C6D;  h = h ^ (h >> 12)
+    bucket               the top log2(buckets) bits of h
 
-so uni- and bigrams share one table. Bigram (a, b) stands for a followed by b in one sample.
+so uni- and bigrams share one table. Bigram (a, b) stands for a followed by b in one sample. Trigrams are no part of a
+profile, but of counted references (`weighting_contract.counted`).
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ def ngram_log_ratio(tokens: Tensor, mask: Tensor, table: Tensor) -> Tensor:
             f"expected bool of the shape of tokens, {list(tokens.shape)}"
         )
     ids, both = tokens.long(), mask[:, :-1] & mask[:, 1:]
-    unigrams = torch.where(mask, table[_unigram_buckets(ids, len(table))].float(), 0.0)
-    bigrams = torch.where(both, table[_bigram_buckets(ids[:, :-1], ids[:, 1:], len(table))].float(), 0.0)
+    unigrams = torch.where(mask, table[unigram_buckets(ids, len(table))].float(), 0.0)
+    bigrams = torch.where(both, table[bigram_buckets(ids[:, :-1], ids[:, 1:], len(table))].float(), 0.0)
     count = mask.sum(1) + both.sum(1)
     return (unigrams.sum(1) + bigrams.sum(1)) / count.clamp(min=1)
 
@@ -101,10 +103,10 @@ def count_ngrams(rows: Iterable[Row], buckets: int = BUCKETS) -> np.ndarray:
     """
     check_buckets(buckets)
     counts = np.zeros(buckets, np.int64)
-    for ids, inside in _chunks(rows):
-        counts += np.bincount(_unigram_buckets(ids, buckets), minlength=buckets)
+    for ids, inside in rows_joined(rows):
+        counts += np.bincount(unigram_buckets(ids, buckets), minlength=buckets)
         first, second = ids[:-1][inside], ids[1:][inside]
-        counts += np.bincount(_bigram_buckets(first, second, buckets), minlength=buckets)
+        counts += np.bincount(bigram_buckets(first, second, buckets), minlength=buckets)
     return counts
 
 
@@ -163,12 +165,19 @@ def check_buckets(buckets: int) -> None:
         raise InvalidArgument(f"buckets is {buckets}, expected {_EXPECTED_BUCKETS}")
 
 
-def _unigram_buckets(ids: _Ids, buckets: int) -> _Ids:
+def unigram_buckets(ids: _Ids, buckets: int) -> _Ids:
+    """The bucket of each token of ids, int64 of any shape."""
     return _mixed(ids * 0x9E37_79B1 + 0xC2B2_AE3D, buckets)
 
 
-def _bigram_buckets(first: _Ids, second: _Ids, buckets: int) -> _Ids:
+def bigram_buckets(first: _Ids, second: _Ids, buckets: int) -> _Ids:
+    """The bucket of each pair; arguments and result int64 of one shape."""
     return _mixed(first * 0x9E37_79B1 + second * 0x85EB_CA77 + 0x27D4_EB2F, buckets)
+
+
+def trigram_buckets(first: _Ids, second: _Ids, third: _Ids, buckets: int) -> _Ids:
+    """The bucket of each triple, likewise."""
+    return _mixed(first * 0x9E37_79B1 + second * 0x85EB_CA77 + third * 0xC2B2_AE3D + 0x1656_67B1, buckets)
 
 
 def _mixed(h: _Ids, buckets: int) -> _Ids:
@@ -180,8 +189,12 @@ def _mixed(h: _Ids, buckets: int) -> _Ids:
     return h >> (32 - (buckets.bit_length() - 1))
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids [n] int64 of some rows end to end, [n-1] bool: the two neighbours are of the same row)."""
+def rows_joined(rows: Iterable[Row]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Some rows at a time: (ids [n] int64, end to end, [n-1] bool: the two neighbours are of the same row).
+
+    Raises:
+        InvalidArgument: a row that is not one dimension of integers of 0 or more.
+    """
     held: list[np.ndarray] = []
     size = 0
     for index, row in enumerate(rows):

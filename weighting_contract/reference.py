@@ -1,15 +1,18 @@
-"""A reference model as files: what they are called, what is in them, and the checksum that identifies them all.
+"""A reference as files: what they are called, what is in them, and the checksum that identifies them all.
 
 Clients make and upload references, services verify and host them: this is what both must agree on. Knows bytes and
-folders; nothing of torch, of transformers or of how a model is run.
+folders; nothing of torch, of transformers or of how token losses are computed.
 
 | file               | content                                                                                      |
 |--------------------|----------------------------------------------------------------------------------------------|
-| config.json        | a causal LM of transformers, as `save_pretrained` writes it                                  |
-| counts.safetensors | of the pool: `unigrams` [V] int64, each token as a label; `ngrams` [buckets] uint32, hashed  |
-| model.safetensors  | its parameters, in one file                                                                  |
+| config.json        | a causal LM of transformers, as `save_pretrained` writes it; not of a counted reference      |
+| counts.safetensors | of the pool: `unigrams` [V] int64, each token as a label; `ngrams` [buckets] uint32, hashed; |
+|                    | `longer` [buckets] uint32, bi- and trigrams, of a counted reference alone                    |
+| model.safetensors  | the model's parameters, in one file; not of a counted reference                              |
 | tokenizer.json     | of the tokenizers library                                                                    |
 | reference.json     | `ReferenceInfo` and the format: which of the above belong together, and where they come from |
+
+A *counted* reference has no model: its token losses come from its counts (`weighting_contract.counted`).
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ FORMAT = 1
 MANIFEST = "reference.json"
 CONTENT = ("config.json", "counts.safetensors", "model.safetensors", "tokenizer.json")  # the checksum's order
 FILES = (*CONTENT, MANIFEST)
+MODEL = ("config.json", "model.safetensors")  # both, or none of a counted one
+_EXPECTED = f"{', '.join(FILES)}, or all but {' and '.join(MODEL)}"
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ class ReferenceInfo:
     checksum: str  # of `reference_checksum`: equal exactly for references that give equal statistics
     tokenizer_checksum: str  # SHA-256 of tokenizer.json, in hex
     vocab_size: int  # of the tokenizer: one more than its largest token id
-    seq_len: int  # longest sample that the model was trained for, in labels; a sample has one token more
+    seq_len: int  # longest sample that it was made of, in labels; a sample has one token more
     trained_on: str  # words for people
     command: str  # that made it
-    steps: int  # of training
+    steps: int  # of training; 0 of a counted one
     loss: float  # mean token NLL on its pool, nats
 
 
@@ -57,24 +62,27 @@ class Counts:
 
     unigrams: np.ndarray  # [V] int64, how often each token is a label
     ngrams: np.ndarray  # [buckets] int64, `weighting_contract.ngrams.count_ngrams`
+    longer: np.ndarray | None = None  # [buckets] int64, `weighting_contract.counted.count_longer`, of a counted one
 
 
 def reference_checksum(files: Mapping[str, bytes], seq_len: int) -> str:
     """SHA-256, in hex, over all that decides the statistics that a reference gives.
 
-    The digest is of the text "weighbridge-reference-1;seq_len=N;" and then, for each name of CONTENT in its order, of
-    the text "NAME:SIZE;" with the size in bytes, and the file's bytes.
+    The digest is of the text "weighbridge-reference-1;seq_len=N;" and then, for each name of CONTENT in its order that
+    is there, of the text "NAME:SIZE;" with the size in bytes, and the file's bytes.
     """
     digest = hashlib.sha256(f"weighbridge-reference-{FORMAT};seq_len={seq_len};".encode())
     for name in CONTENT:
+        if name not in files:
+            continue
         digest.update(f"{name}:{len(files[name])};".encode())
         digest.update(files[name])
     return digest.hexdigest()
 
 
 def build_reference(
-    config: bytes,
-    model: bytes,
+    config: bytes | None,
+    model: bytes | None,
     tokenizer: bytes,
     counts: Counts,
     *,
@@ -84,22 +92,22 @@ def build_reference(
     steps: int,
     loss: float,
 ) -> dict[str, bytes]:
-    """The five files of a reference, for `write_reference` or an upload.
+    """The files of a reference, for `write_reference` or an upload.
 
     Args:
-        config, model, tokenizer: contents of config.json, model.safetensors and tokenizer.json.
+        config, model, tokenizer: contents of config.json, model.safetensors and tokenizer.json; the first two are None
+            for a counted one.
         counts: of the pool; more than 2**32 - 1 n-grams in a bucket are stored as so many.
 
     Raises:
         InvalidArgument: contents that are no reference.
     """
-    ngrams = np.minimum(counts.ngrams, np.iinfo(np.uint32).max).astype(np.uint32)
-    files = {
-        "config.json": config,
-        "counts.safetensors": safetensors.numpy.save({"unigrams": counts.unigrams.astype(np.int64), "ngrams": ngrams}),
-        "model.safetensors": model,
-        "tokenizer.json": tokenizer,
-    }
+    tables = {"unigrams": counts.unigrams.astype(np.int64), "ngrams": _stored(counts.ngrams)}
+    if counts.longer is not None:
+        tables["longer"] = _stored(counts.longer)
+    files = {"counts.safetensors": safetensors.numpy.save(tables), "tokenizer.json": tokenizer}
+    if config is not None and model is not None:
+        files |= {"config.json": config, "model.safetensors": model}
     info = ReferenceInfo(
         checksum=reference_checksum(files, seq_len),
         tokenizer_checksum=hashlib.sha256(tokenizer).hexdigest(),
@@ -122,7 +130,7 @@ def reference_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
         InvalidArgument: one sentence about the first thing that is wrong, as of `check_reference`.
     """
     folder = Path(folder)
-    files = read_files(folder, FILES, f"there is no reference at {folder}: expected a folder with {', '.join(FILES)}")
+    files = read_files(folder, FILES, f"there is no reference at {folder}: expected a folder with {_EXPECTED}")
     check_reference(files, str(folder))  # names what is missing
     return files
 
@@ -137,12 +145,14 @@ def check_reference(files: Mapping[str, bytes], where: str) -> ReferenceInfo:
     for name in files:
         if name not in FILES:
             raise InvalidArgument(f"{where}: {name!r} is no file of a reference, expected {', '.join(FILES)}")
+    counted = not any(name in files for name in MODEL)
     for name in FILES:
-        if name not in files:
-            raise InvalidArgument(f"{where}: {name} is missing; a reference is {', '.join(FILES)}")
+        if name not in files and not (counted and name in MODEL):
+            raise InvalidArgument(f"{where}: {name} is missing; a reference is {_EXPECTED}")
     info = _info(files[MANIFEST], where)
     for name in ("counts.safetensors", "model.safetensors"):
-        _check_whole(files[name], f"{where}: {name}")
+        if name in files:
+            _check_whole(files[name], f"{where}: {name}")
     tokenizer_checksum = hashlib.sha256(files["tokenizer.json"]).hexdigest()
     if tokenizer_checksum != info.tokenizer_checksum:
         raise InvalidArgument(
@@ -155,7 +165,7 @@ def check_reference(files: Mapping[str, bytes], where: str) -> ReferenceInfo:
             f"{where}: the files have the checksum {checksum[:12]}..., but {MANIFEST} names {info.checksum[:12]}...: "
             "a file was changed or belongs to another reference; copy or train the reference again"
         )
-    _check_counts(read_counts(files), info, where)
+    _check_counts(read_counts(files), info, where, counted)
     return info
 
 
@@ -167,9 +177,10 @@ def read_counts(files: Mapping[str, bytes]) -> Counts:
         raise InvalidArgument(f"counts.safetensors can't be read: {exc}, expected integers") from exc
     if missing := {"unigrams", "ngrams"} - tensors.keys():
         raise InvalidArgument(f"counts.safetensors lacks {min(missing)!r}, expected unigrams and ngrams")
-    if any(tensors[name].dtype.kind not in "iu" for name in ("unigrams", "ngrams")):
+    if any(tensor.dtype.kind not in "iu" for tensor in tensors.values()):
         raise InvalidArgument("counts.safetensors holds counts that are no integers")
-    return Counts(tensors["unigrams"], tensors["ngrams"].astype(np.int64))
+    longer = tensors["longer"].astype(np.int64) if "longer" in tensors else None
+    return Counts(tensors["unigrams"], tensors["ngrams"].astype(np.int64), longer)
 
 
 def write_reference(folder: str | os.PathLike[str], files: Mapping[str, bytes], *, replace: bool = False) -> Path:
@@ -191,8 +202,8 @@ def write_reference(folder: str | os.PathLike[str], files: Mapping[str, bytes], 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
-        for name in FILES:
-            write_durably(new / name, files[name])
+        for name, content in files.items():
+            write_durably(new / name, content)
         sync(new)
         old = Path(temporary) / "old"
         if folder.exists():
@@ -251,14 +262,35 @@ def _check_whole(content: bytes, what: str) -> None:
         raise InvalidArgument(f"{what} is truncated or damaged: {exc}") from exc
 
 
-def _check_counts(counts: Counts, info: ReferenceInfo, where: str) -> None:
+def _stored(counts: np.ndarray) -> np.ndarray:
+    stored: np.ndarray = np.minimum(counts, np.iinfo(np.uint32).max).astype(np.uint32)
+    return stored
+
+
+def _check_counts(counts: Counts, info: ReferenceInfo, where: str, counted: bool) -> None:
     if counts.unigrams.shape != (info.vocab_size,) or counts.ngrams.ndim != 1:
         raise InvalidArgument(
             f"{where}: counts.safetensors has unigrams of shape {list(counts.unigrams.shape)} and ngrams of "
             f"{list(counts.ngrams.shape)}, expected [{info.vocab_size}] for the vocabulary and [buckets]"
         )
-    if (counts.unigrams < 0).any() or (counts.ngrams < 0).any():
+    if any((table < 0).any() for table in (counts.unigrams, counts.ngrams, counts.longer) if table is not None):
         raise InvalidArgument(f"{where}: counts.safetensors has counts below 0")
+    if counted and counts.longer is None:
+        raise InvalidArgument(
+            f"{where}: config.json is missing, and so is `longer` in counts.safetensors: a reference has a model, or "
+            "counts of bi- and trigrams in place of it"
+        )
+    if not counted and counts.longer is not None:
+        raise InvalidArgument(f"{where}: counts.safetensors has `longer`, which a reference with a model has not")
+    if counts.longer is not None and (counts.longer.ndim != 1 or not _is_power_of_two(len(counts.longer))):
+        raise InvalidArgument(
+            f"{where}: counts.safetensors has `longer` of shape {list(counts.longer.shape)}, expected [buckets], a "
+            "power of two"
+        )
+
+
+def _is_power_of_two(size: int) -> bool:
+    return size > 0 and size & (size - 1) == 0
 
 
 def _held_checksum(folder: Path) -> str | None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from weighting_contract.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from weighting_contract.folder import read_files
 from weighting_contract.reference import FILES, MANIFEST, ReferenceInfo, check_reference
 from weighting_contract.spec import check_name
 from weighting_service import pretaught
@@ -323,9 +324,9 @@ class ReferenceStore:
     def _offered(self, checksum: str) -> bool:
         return any(known.info.checksum == checksum for known in self._known.values())
 
-    def _contents(self, known: Known, files: Iterable[str]) -> dict[str, bytes]:
+    def _contents(self, known: Known, files: Collection[str]) -> dict[str, bytes]:
         self._bring(known)
-        return {file: (known.folder / file).read_bytes() for file in files}
+        return read_files(known.folder, files, f"{known.folder} is gone")  # a counted one has no model
 
     def _bring(self, known: Known) -> None:
         """Fetches an upload again where the cache has lost it."""

@@ -128,7 +128,8 @@ class Uploads:
         upload = f"{int(time.time()):010d}-{uuid.uuid4().hex}"
         try:
             for file in (*CONTENT, MANIFEST):
-                self._storage.put(f"{_contents(name, upload)}/{file}", files[file])
+                if file in files:  # a counted one has no model
+                    self._storage.put(f"{_contents(name, upload)}/{file}", files[file])
             try:
                 self._storage.create(f"{_folder(name)}/{CURRENT}", upload.encode())
             except FileExistsError:

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from benchmarks.mixtures import Mixture
+from trainer_client.reference.config import SMALLEST, ReferenceConfig
 from trainer_client.run import builtin_corpus
 from trainer_client.run.choose import likeness
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import Document
 from trainer_client.run.methods.models import pool_losses, pool_model
-from trainer_client.run.reference import trained_reference
+from trainer_client.run.reference import made_reference
 from trainer_client.run.task import Task, build_task
 from trainer_client.run.tokenizer import Tokenizer
 
@@ -45,7 +46,7 @@ def reduced_flags(folder: Path) -> dict[str, tuple[str, ...]]:
     _write(folder / DSIR, pool, held_out)
     smaller = replace(config, data=flags[DSIR][1:2], val=flags[DSIR][3:4], test=flags[DSIR][5:6])
     task = build_task(smaller, tokenizer=whole.tokenizer)
-    reference = pool_model(trained_reference(smaller, task, CPU, None))
+    reference = pool_model(made_reference(smaller, task, CPU, None, recipe=ReferenceConfig(size=SMALLEST)))
     losses = _by_document(task, pool_losses(reference, task.train.tokens, CPU))
     _write(folder / DSIR_LOSS, _between(pool, losses, task, DROPPED_AT_EACH_END, 1 - DROPPED_AT_EACH_END), held_out)
     return flags

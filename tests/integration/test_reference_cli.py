@@ -22,7 +22,7 @@ from trainer_client.run.data import load_documents, make_samples, unigram_counts
 from trainer_client.run.models import SIZES, build_model, count_parameters
 from trainer_client.run.tokenizer import load_tokenizer
 from weighting_contract.ngrams import BUCKETS, count_ngrams
-from weighting_contract.reference import FILES, check_reference, read_counts, reference_files
+from weighting_contract.reference import FILES, MODEL, check_reference, read_counts, reference_files
 from weighting_contract.statistics import RAW_NAMES, standardise
 from weighting_service.reference import load_reference
 
@@ -56,7 +56,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flags(pool: Path) -> list[str]:
-    small = f"--vocab-size 300 --seq-len {SEQ_LEN} --batch-size 8 --steps {STEPS} --threads 1 --device cpu"
+    small = f"--size pico --vocab-size 300 --seq-len {SEQ_LEN} --batch-size 8 --steps {STEPS} --threads 1 --device cpu"
     return ["--data", str(pool), *small.split()]
 
 
@@ -120,9 +120,24 @@ def test_what_is_shown_and_how_large_it_is(flags: list[str], tmp_path: Path, cap
     assert sum(path.stat().st_size for path in out.iterdir()) < 1_000_000
 
 
-def test_the_default_size_is_small() -> None:
+def test_by_default_nothing_is_trained(
+    flags: list[str], pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "counted"
+    assert main([flag for flag in flags if flag not in ("--size", "pico")] + ["--out", str(out)]) == 0
+    assert "none, it is counted" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == set(FILES) - set(MODEL)
+    assert check_reference(reference_files(out), "here").steps == 0
+    reference = load_reference(out)
+    texts = [" ".join(random.Random(5).choices(WORDS["prose"], k=12)), " ".join(WORDS["tables"][:12])]
+    mixed = " ".join(a for pair in zip(WORDS["prose"], WORDS["tables"], strict=False) for a in pair)
+    statistics = reference.raw_statistics(reference.tokenize([*texts, mixed]))
+    mean_loss = dict(zip(RAW_NAMES, statistics.unbind(1), strict=True))["loss_mean"]
+    assert mean_loss.max() == mean_loss[2], "words of two sources do not follow each other"
+
+
+def test_the_smallest_model_is_small() -> None:
     pico, nano = (count_parameters(build_model(size, 1024, 64, seed=0)) for size in ("pico", "nano"))
-    assert ReferenceConfig.size == "pico"
     assert pico < 20_000
     assert pico < nano / 8
     assert SIZES["pico"].layers == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,22 @@ from safetensors.numpy import load as load_tensors
 from protos.weighting.v1 import weighting_pb2 as pb
 from tests.conftest import ServiceThread
 from tests.integration.test_token_scoring import failing
-from tests.integration.token_jobs import FILES, OTHER_FILES, documents, opened
+from tests.integration.token_jobs import (
+    FILES,
+    OTHER_FILES,
+    by_hand,
+    documents,
+    documents_message,
+    opened,
+    opinionated,
+    scored,
+)
 from tests.unit import reference_models as models
+from weighting_contract.columns import COLUMNS
 from weighting_contract.reference import write_reference
+from weighting_contract.tensors import from_message
 from weighting_service.pretaught import weighter_folder
+from weighting_service.reference import load_reference
 
 # ---- References -----------------------------------------------------------------------------------------------------
 
@@ -48,6 +61,22 @@ def test_a_reference_from_upload_to_deletion(stub: Any) -> None:
     put(stub, files=OTHER_FILES)  # a name can be used again
     reopening = pb.OpenJobRequest(weighter="w", job_id="job", reference=pb.JobReference(name="ref"))
     failing(lambda: stub.OpenJob(reopening), "FAILED_PRECONDITION", "'job' was opened with the reference 'ref'")
+
+
+def test_a_reference_without_a_model(stub: Any) -> None:
+    counted, rows = models.counted_reference(), models.random_rows(3, 12)
+    put(stub, files=counted)
+    got = stub.GetReference(pb.GetReferenceRequest(name="ref", files=["config.json", "counts.safetensors"]))
+    assert dict(got.files) == {"counts.safetensors": counted["counts.safetensors"]}
+    opinionated(stub, "w")
+    request = {"reference": pb.JobReference(name="ref"), "profile": documents_message(documents(0))}
+    stub.OpenJob(pb.OpenJobRequest(weighter="w", job_id="job", **request))
+    response = scored(stub, rows, return_statistics=True)
+    with tempfile.TemporaryDirectory() as folder:
+        reference = load_reference(write_reference(Path(folder) / "r", counted))
+    expected = by_hand(reference, rows, COLUMNS, documents(0))
+    np.testing.assert_allclose(from_message(response.statistics, "statistics"), expected, rtol=1e-4, atol=1e-4)
+    assert np.ptp(from_message(response.weights, "weights")) > 0.01
 
 
 def without(name: str) -> dict[str, bytes]:

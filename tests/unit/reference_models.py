@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trainer_client.run.models import no_progress_bar
 from trainer_client.run.tokenizer import train_tokenizer
+from weighting_contract.counted import count_longer
 from weighting_contract.reference import Counts, build_reference
 
 VOCABULARY, SEQ_LEN, BUCKETS = 300, 24, 1 << 10
@@ -56,10 +58,10 @@ def causal_model(config: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()
 
 
-def reference(config: dict[str, Any] = LLAMA, seed: int = 0, **changed: Any) -> dict[str, bytes]:
+def reference(causal: dict[str, Any] = LLAMA, seed: int = 0, **changed: Any) -> dict[str, bytes]:
     """The files of a reference; `changed` replaces arguments of `build_reference`."""
     with tempfile.TemporaryDirectory() as folder, no_progress_bar():
-        causal_model(config, seed).save_pretrained(folder)
+        causal_model(causal, seed).save_pretrained(folder)
         model = {name: (Path(folder) / file).read_bytes() for name, file in MODEL_FILES.items()}
     arguments: dict[str, Any] = {
         **model,
@@ -72,6 +74,13 @@ def reference(config: dict[str, Any] = LLAMA, seed: int = 0, **changed: Any) -> 
         "loss": 5.7,
     }
     return build_reference(**{**arguments, **changed})
+
+
+def counted_reference(seed: int = 0) -> dict[str, bytes]:
+    """The files of a reference without a model."""
+    pool = np.random.default_rng(seed).integers(0, VOCABULARY, (50, SEQ_LEN + 1))
+    tables = replace(counts(seed=seed), longer=count_longer(pool))
+    return reference(config=None, model=None, counts=tables)
 
 
 MODEL_FILES = {"config": "config.json", "model": "model.safetensors"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer_client.reference.config import ReferenceConfig
+from trainer_client.reference.config import SMALLEST, ReferenceConfig
 from trainer_client.run.compute import scoring_flops, training_flops
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import BatchOrder, Samples
@@ -31,7 +31,7 @@ from trainer_client.run.methods.models import pool_losses, pool_model, tuned_mod
 from trainer_client.run.methods.sources import target_samples
 from trainer_client.run.models import build_model, count_parameters
 from trainer_client.run.recorder import Recorder
-from trainer_client.run.reference import RunReference, trained_reference
+from trainer_client.run.reference import RunReference, made_reference
 from trainer_client.run.task import Task
 from trainer_client.run.tokenizer import train_tokenizer
 from trainer_client.select.choice import evenly_in_warm_up
@@ -76,7 +76,7 @@ def model() -> torch.nn.Module:
 def reference(task: Task, tmp_path_factory: pytest.TempPathFactory) -> RunReference:
     config = RunConfig(data=("pool.jsonl",), val=("val.jsonl",), vocab_size=300, seq_len=LENGTH, out="nowhere")
     cache = tmp_path_factory.mktemp("cache")
-    return trained_reference(config, task, CPU, None, cache_dir=cache, recipe=ReferenceConfig(steps=60))
+    return made_reference(config, task, CPU, None, cache_dir=cache, recipe=ReferenceConfig(size=SMALLEST, steps=60))
 
 
 # ---- From logits to weights -----------------------------------------------------------------------------------------

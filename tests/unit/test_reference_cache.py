@@ -144,7 +144,7 @@ def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:
     broken = 7  # a token whose embedding is no number
     rows = np.where(windows(7, 4) == broken, 8, windows(7, 4))
     rows[2, 3] = broken
-    reference._model.get_input_embeddings().weight[broken] = torch.nan
+    reference._model._model.get_input_embeddings().weight[broken] = torch.nan
     for _ in range(2):
         given = reference.raw_statistics(rows[[0, 2, 2]])
         assert given[0].isfinite().all()

@@ -13,21 +13,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
-from reference_models import GPT2, LLAMA, SEQ_LEN, VOCABULARY, counts, reference
+from reference_models import GPT2, LLAMA, SEQ_LEN, VOCABULARY, counted_reference, counts, random_rows, reference
 
 from trainer_client.run.tokenizer import train_tokenizer
+from weighting_contract.counted import CountedModel
 from weighting_contract.errors import AlreadyExists, InvalidArgument
 from weighting_contract.reference import (
     CONTENT,
     FILES,
+    MODEL,
     check_reference,
     read_counts,
     reference_checksum,
     reference_files,
     write_reference,
 )
+from weighting_contract.statistics import raw_statistics, unigram_nll_table
 from weighting_service.reference import load_reference
 
 Files = dict[str, bytes]
@@ -127,6 +131,74 @@ def test_nothing_is_left_where_writing_fails(tmp_path: Path, files: Files, monke
 def test_counts_beyond_32_bits_are_stored_as_the_largest() -> None:
     large = replace(counts(), ngrams=np.full(1024, 1 << 40))
     assert (read_counts(reference(counts=large)).ngrams == (1 << 32) - 1).all()
+
+
+# ---- Without a model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def counted() -> Files:
+    return counted_reference()
+
+
+def test_a_counted_reference_scores_by_its_counts(tmp_path: Path, counted: Files) -> None:
+    folder = write_reference(tmp_path / "counted", counted)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(set(FILES) - set(MODEL))
+    loaded, rows = load_reference(folder), random_rows(0, 12)
+    tables = read_counts(counted)
+    assert tables.longer is not None
+    model, unigrams = CountedModel(tables.unigrams, tables.longer), torch.from_numpy(tables.unigrams)
+    one_by_one = [
+        raw_statistics(model.token_losses(row[None]), unigram_nll_table(unigrams)[row[None, 1:]])
+        for row in map(torch.from_numpy, rows)
+    ]
+    torch.testing.assert_close(loaded.raw_statistics(rows), torch.cat(one_by_one), rtol=1e-5, atol=1e-5)
+    write_reference(folder, reference(), replace=True)
+    write_reference(folder, counted, replace=True)
+    assert reference_files(folder) == counted, "nothing of the other one is left"
+
+
+def test_a_counted_references_checksum_is_of_what_there_is(counted: Files) -> None:
+    text = f"weighbridge-reference-1;seq_len={SEQ_LEN};".encode()
+    for name in ("counts.safetensors", "tokenizer.json"):
+        text += f"{name}:{len(counted[name])};".encode() + counted[name]
+    assert check_reference(counted, "here").checksum == hashlib.sha256(text).hexdigest()
+    assert check_reference(counted_reference(seed=1), "here").checksum != hashlib.sha256(text).hexdigest()
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - set(MODEL)))
+def test_a_counted_reference_misses_what_it_needs(counted: Files, name: str) -> None:
+    with pytest.raises(InvalidArgument, match=rf"here: {name} is missing"):
+        check_reference({n: content for n, content in counted.items() if n != name}, "here")
+
+
+def _without_model(files: Files) -> Files:
+    return {name: content for name, content in files.items() if name not in MODEL}
+
+
+def _with_table(files: Files, longer: np.ndarray) -> Files:
+    tables = read_counts(files)
+    stored = {"unigrams": tables.unigrams, "ngrams": tables.ngrams, "longer": longer}
+    return {**files, "counts.safetensors": safetensors.numpy.save(stored)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (lambda model, counted: _without_model(model), "config.json is missing, and so is `longer`"),
+        (lambda model, counted: {**counted, "config.json": model["config.json"]}, "model.safetensors is missing"),
+        (lambda model, counted: {**model, "counts.safetensors": counted["counts.safetensors"]}, "`longer`, which a"),
+        (lambda model, counted: _with_table(counted, np.zeros(1000, np.int64)), "shape \\[1000\\], expected"),
+        (lambda model, counted: _with_table(counted, np.zeros((4, 4), np.int64)), "shape \\[4, 4\\], expected"),
+        (lambda model, counted: _with_table(counted, np.full(1024, -1)), "counts below 0"),
+        (lambda model, counted: _with_table(counted, np.zeros(1024)), "counts that are no integers"),
+    ],
+)
+def test_a_model_or_its_counts(
+    files: Files, counted: Files, changed: Callable[[Files, Files], Files], words: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        check_reference(signed(changed(files, counted)), "here")
 
 
 # ---- Damage ---------------------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.reference import check_reference, write_reference
 from weighting_contract.statistics import RAW_NAMES, raw_statistics, unigram_nll_table
-from weighting_service.reference import PackReport, Reference, load_reference
-from weighting_service.reference import model as model_module
+from weighting_service.reference import PackReport, Reference, causal, load_reference
 
 FAMILIES = {"llama": LLAMA, "gpt2": GPT2}
 
@@ -91,14 +90,14 @@ def test_logits_are_held_for_a_chunk_only(hosted: Reference, monkeypatch: pytest
     rows = random_rows(4, 30)
     expected = hosted.raw_statistics(rows)
     seen: list[int] = []
-    hook = hosted._head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.numel()))
-    monkeypatch.setattr(model_module, "_LEAST_PLACES", 1)
-    monkeypatch.setattr(model_module, "_LOGIT_BYTES_CPU", 4 * 7 * hosted._head.weight.shape[0])
+    hook = hosted._model._head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.numel()))
+    monkeypatch.setattr(causal, "_LEAST_PLACES", 1)
+    monkeypatch.setattr(causal, "_LOGIT_BYTES_CPU", 4 * 7 * hosted._model._head.weight.shape[0])
     torch.testing.assert_close(hosted.raw_statistics(rows), expected, rtol=1e-5, atol=1e-5)
     hook.remove()
     labels = sum(len(row) - 1 for row in rows)
-    assert max(seen) == 7 * hosted._head.weight.shape[0]
-    assert sum(seen) == labels * hosted._head.weight.shape[0]  # none for padding
+    assert max(seen) == 7 * hosted._model._head.weight.shape[0]
+    assert sum(seen) == labels * hosted._model._head.weight.shape[0]  # none for padding
 
 
 def test_several_callers_get_their_own_rows(hosted: Reference) -> None:

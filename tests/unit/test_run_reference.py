@@ -11,21 +11,22 @@ import pytest
 import torch
 
 from trainer_client.profile import save_profile
-from trainer_client.reference.config import ReferenceConfig
-from trainer_client.run.config import RunConfig
+from trainer_client.reference.config import COUNTED, SMALLEST, ReferenceConfig
+from trainer_client.run.config import RunConfig, parse
 from trainer_client.run.data import BatchOrder, Samples
+from trainer_client.run.methods.models import pool_model
 from trainer_client.run.models import build_model, count_config_parameters, count_parameters
-from trainer_client.run.reference import RunReference, given_reference, trained_reference
+from trainer_client.run.reference import RunReference, given_reference, made_reference, reference_recipe
 from trainer_client.run.target import job_profile
 from trainer_client.run.task import Task
 from trainer_client.run.tokenizer import train_tokenizer
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.ngrams import count_ngrams
 from weighting_contract.profile import make_profile
-from weighting_contract.reference import write_reference
+from weighting_contract.reference import FILES, MODEL, check_reference, write_reference
 
 CPU = torch.device("cpu")
-RECIPE = ReferenceConfig(steps=5)
+RECIPE = ReferenceConfig(size=SMALLEST, steps=5)
 CONFIG = RunConfig(data=("pool.jsonl",), val=("val.jsonl",), vocab_size=300, seq_len=8, out="nowhere")
 
 
@@ -49,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(task: Task, cache: Path) -> RunReference:
-    return trained_reference(CONFIG, task, CPU, None, cache_dir=cache, recipe=RECIPE)
+    return made_reference(CONFIG, task, CPU, None, cache_dir=cache, recipe=RECIPE)
 
 
 def test_the_job_s_samples_make_its_reference(task: Task, reference: RunReference) -> None:
@@ -63,33 +64,57 @@ def test_the_job_s_samples_make_its_reference(task: Task, reference: RunReferenc
     assert reference.trained_flops == 6 * pico * 5 * 32 * 8
 
 
+def test_where_nothing_is_said_it_is_counted(task: Task, tmp_path: Path) -> None:
+    counted = made_reference(CONFIG, task, CPU, None, cache_dir=tmp_path)
+    assert (counted.parameters, counted.trained_flops) == (0, 0)
+    assert counted.files is not None
+    assert counted.files.keys() == set(FILES) - set(MODEL)
+    info = check_reference(counted.files, "here")
+    assert info.steps == 0
+    assert 4 < info.loss < np.log(task.tokenizer.vocab_size), "random samples, of which an occurrence is left out"
+    assert made_reference(CONFIG, task, CPU, None, cache_dir=tmp_path).files == counted.files
+    copied = write_reference(tmp_path / "copied", counted.files)
+    given = given_reference(dataclasses.replace(CONFIG, reference=str(copied)))
+    assert given is not None
+    assert (given.checksum, given.parameters) == (counted.checksum, 0)
+    with pytest.raises(InvalidArgument, match=r"is counted, but this job has a method that reads .* a model: name one"):
+        pool_model(given)
+
+
+@pytest.mark.parametrize(
+    ("method", "size"), [("dwm", COUNTED), ("rho", SMALLEST), ("difference", SMALLEST), ("similarity", COUNTED)]
+)
+def test_methods_that_read_a_model_have_one_trained(method: str, size: str) -> None:
+    assert reference_recipe(parse(["--method", method, "--mode", "select"])).size == size
+
+
 def test_equal_samples_take_it_from_the_cache_and_others_do_not(
     task: Task, reference: RunReference, cache: Path
 ) -> None:
     (folder,) = cache.iterdir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     steps: list[str] = []
-    again = trained_reference(
+    again = made_reference(
         CONFIG, task, CPU, lambda done, total, what: steps.append(what), cache_dir=cache, recipe=RECIPE
     )
     assert again.files == reference.files
     assert steps == []
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     other = dataclasses.replace(task, train=dataclasses.replace(task.train, tokens=task.train.tokens[::-1].copy()))
-    assert trained_reference(CONFIG, other, CPU, None, cache_dir=cache, recipe=RECIPE).checksum != reference.checksum
+    assert made_reference(CONFIG, other, CPU, None, cache_dir=cache, recipe=RECIPE).checksum != reference.checksum
 
 
 def test_a_damaged_cache_is_trained_anew(
     task: Task, reference: RunReference, cache: Path, tmp_path: Path, caplog
 ) -> None:
-    trained_reference(CONFIG, task, CPU, None, cache_dir=tmp_path, recipe=RECIPE)
+    made_reference(CONFIG, task, CPU, None, cache_dir=tmp_path, recipe=RECIPE)
     (folder,) = tmp_path.iterdir()
     model = folder / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-10])
-    assert trained_reference(CONFIG, task, CPU, None, cache_dir=tmp_path, recipe=RECIPE).files == reference.files
+    assert made_reference(CONFIG, task, CPU, None, cache_dir=tmp_path, recipe=RECIPE).files == reference.files
     assert "the cached reference is damaged" in caplog.text
     assert (
-        trained_reference(CONFIG, task, CPU, None, cache_dir=tmp_path, recipe=RECIPE).files == reference.files
+        made_reference(CONFIG, task, CPU, None, cache_dir=tmp_path, recipe=RECIPE).files == reference.files
     )  # whole again
 
 
@@ -97,9 +122,7 @@ def test_a_cache_that_can_t_be_written_is_a_warning(
     task: Task, reference: RunReference, tmp_path: Path, caplog
 ) -> None:
     (tmp_path / "file").touch()
-    assert (
-        trained_reference(CONFIG, task, CPU, None, cache_dir=tmp_path / "file", recipe=RECIPE).files == reference.files
-    )
+    assert made_reference(CONFIG, task, CPU, None, cache_dir=tmp_path / "file", recipe=RECIPE).files == reference.files
     assert "could not be cached" in caplog.text
 
 

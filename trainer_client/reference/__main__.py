@@ -13,7 +13,7 @@ from trainer_client.reference.config import ReferenceConfig, parse
 from trainer_client.run.shell import in_shell
 
 if TYPE_CHECKING:
-    from trainer_client.reference.train import TrainedReference
+    from trainer_client.reference.train import SavedReference
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return in_shell("trainer_client.reference", command)
 
 
-def _make(config: ReferenceConfig, console: Console) -> TrainedReference:
+def _make(config: ReferenceConfig, console: Console) -> SavedReference:
     # Torch and transformers take seconds to import: --help and mistakes in the flags need not wait for them.
-    from trainer_client.reference.train import load_pool, train_reference
+    from trainer_client.reference.train import load_pool, save_reference
     from trainer_client.run.config import RunConfig
     from trainer_client.run.data import make_samples
     from trainer_client.run.device import set_up_torch
@@ -50,7 +50,7 @@ def _make(config: ReferenceConfig, console: Console) -> TrainedReference:
             else cached_tokenizer([d.text for d in documents], config.vocab_size, progress=progress)
         )
         samples = make_samples(documents, tokenizer, config.seq_len, progress=progress)
-        return train_reference(
+        return save_reference(
             samples,
             tokenizer,
             config.out,
@@ -62,13 +62,13 @@ def _make(config: ReferenceConfig, console: Console) -> TrainedReference:
         )
 
 
-def _show(made: TrainedReference, console: Console) -> None:
+def _show(made: SavedReference, console: Console) -> None:
     table = Table("reference", "", title_justify="left", show_header=False)
     for name, value in (
-        ("parameters", f"{made.parameters:,}"),
+        ("parameters", f"{made.parameters:,}" if made.parameters else "none, it is counted"),
         ("vocabulary", f"{made.info.vocab_size:,} tokens"),
         ("loss on its pool", f"{made.info.loss:.3f} nats a token"),
-        ("steps", f"{made.info.steps:,}"),
+        ("steps of training", f"{made.info.steps:,}"),
         ("time", f"{made.seconds:.1f} s"),
         ("size of the folder", f"{made.size_bytes / 1e6:.2f} MB"),
         ("checksum", made.info.checksum[:16]),

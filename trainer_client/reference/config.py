@@ -15,11 +15,12 @@ from trainer_client.flags import add_flags, check_fields, flag, given_flags, set
 from weighting_contract.errors import InvalidArgument
 
 PROGRAM = "python -m trainer_client.reference"
+COUNTED, SMALLEST = "counts", "pico"  # sizes: no model at all, and the smallest one
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """Settings of a reference; the defaults suit the demo's runs. Steps are optimiser steps."""
+    """Settings of a reference; the defaults suit the demo's runs. Steps are optimiser steps, of a model alone."""
 
     data: tuple[str, ...] = setting(
         ("builtin",), "the pool: builtin, files (.txt .jsonl .jsonl.gz .parquet), or a `datasets` name"
@@ -29,9 +30,11 @@ class ReferenceConfig:
     out: str = setting("runs/reference", "folder for the reference")
     overwrite: bool = setting(False, "replace a reference that is already in --out")
     size: str = setting(
-        "pico", "size preset, or the name or folder of a transformers causal LM; about a tenth of yours, or less"
+        COUNTED,
+        "counts: how often n-grams occur in the pool, nothing is trained; or a model: size preset, or the name or "
+        "folder of a transformers causal LM, about a tenth of yours or less",
     )
-    steps: int = setting(300, "optimiser steps; 0 takes a folder's model as it is", least=0)
+    steps: int = setting(300, "optimiser steps of a model; 0 takes a folder's as it is", least=0)
     tokenizer: str = setting("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the pool)")
     vocab_size: int = setting(1024, "entries of a tokenizer that is trained here", least=1)
     seq_len: int = setting(64, "tokens a sample", least=1)
@@ -75,7 +78,7 @@ def parse(arguments: Sequence[str] | None = None) -> ReferenceConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Train a small reference model on a pool of documents, for a weighting service to host.",
+        description="Make a reference of a pool of documents, counted or trained, for a weighting service to host.",
         argument_default=argparse.SUPPRESS,
     )
     add_flags(parser, ReferenceConfig)

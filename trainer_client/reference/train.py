@@ -1,4 +1,4 @@
-"""Trains a reference: a small causal LM on samples of the pool, and the pool's counts, written as one folder.
+"""Makes a reference: the pool's counts and, unless these are all, a small causal LM trained on it; as one folder.
 
 For the command line and for runs that need a reference of their own. Knows no service.
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from trainer_client.loss import per_sample_loss
-from trainer_client.reference.config import ReferenceConfig
+from trainer_client.reference.config import COUNTED, ReferenceConfig
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import BatchOrder, Document, Progress, Samples, load_corpus, load_documents, unigram_counts
 from trainer_client.run.evaluate import fixed_subset, mean_loss
@@ -25,6 +26,7 @@ from trainer_client.run.models import build_model, count_parameters, no_progress
 from trainer_client.run.optimiser import build_optimizer, learning_rate, optimise
 from trainer_client.run.task import to_tensor
 from trainer_client.run.tokenizer import Tokenizer
+from weighting_contract.counted import CountedModel, count_longer
 from weighting_contract.ngrams import count_ngrams
 from weighting_contract.reference import (
     Counts,
@@ -44,22 +46,22 @@ class MadeReference:
     """The files of a trained reference, and what it took."""
 
     files: dict[str, bytes]
-    parameters: int
-    seconds: float  # of training
+    parameters: int  # 0: it is counted
+    seconds: float  # of training or counting
 
 
 @dataclass(frozen=True)
-class TrainedReference:
+class SavedReference:
     """A reference on the disk, and what it took."""
 
     folder: Path
     info: ReferenceInfo
-    parameters: int
-    seconds: float  # of training
+    parameters: int  # 0: it is counted
+    seconds: float  # of training or counting
     size_bytes: int  # of the folder
 
 
-def train_reference(
+def save_reference(
     samples: Samples,
     tokenizer: Tokenizer,
     folder: str | os.PathLike[str],
@@ -69,7 +71,7 @@ def train_reference(
     command: str,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> TrainedReference:
+) -> SavedReference:
     """`make_reference`, written whole into a folder that is absent or empty, or, with `config.overwrite`, gives way.
 
     Raises:
@@ -82,7 +84,7 @@ def train_reference(
     )
     written = write_reference(folder, made.files, replace=config.overwrite)
     size = sum(len(content) for content in made.files.values())
-    return TrainedReference(written, check_reference(made.files, str(written)), made.parameters, made.seconds, size)
+    return SavedReference(written, check_reference(made.files, str(written)), made.parameters, made.seconds, size)
 
 
 def make_reference(
@@ -95,7 +97,7 @@ def make_reference(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> MadeReference:
-    """Trains on the samples and counts them. Equal arguments give equal files.
+    """Counts the samples and, unless that is all (`COUNTED`), trains on them. Equal arguments give equal files.
 
     Args:
         samples: of the pool, by this tokenizer; their length is the reference's seq_len.
@@ -107,24 +109,30 @@ def make_reference(
     """
     started = time.perf_counter()
     seq_len = samples.tokens.shape[1] - 1
-    model = build_model(config.size, tokenizer.vocab_size, seq_len, config.seed)
-    _train(model, samples, config, torch.device(device), progress)
+    counts = Counts(unigram_counts(samples, tokenizer.vocab_size), count_ngrams(samples.tokens, config.ngram_buckets))
     subset = fixed_subset(samples.tokens, _LOSS_SAMPLES)
-    loss = mean_loss(model, subset, config.batch_size, torch.device(device))
+    model: PreTrainedModel | None = None
+    if config.size == COUNTED:
+        counts = replace(counts, longer=count_longer(samples.tokens))
+        loss = _counted_loss(counts, subset)
+    else:
+        model = build_model(config.size, tokenizer.vocab_size, seq_len, config.seed)
+        _train(model, samples, config, torch.device(device), progress)
+        loss = mean_loss(model, subset, config.batch_size, torch.device(device))
     seconds = time.perf_counter() - started
-    model_config, parameters = _saved(model)
+    model_config, parameters = (None, None) if model is None else _saved(model)
     files = build_reference(
         model_config,
         parameters,
         tokenizer.to_json().encode(),
-        Counts(unigram_counts(samples, tokenizer.vocab_size), count_ngrams(samples.tokens, config.ngram_buckets)),
+        counts,
         seq_len=seq_len,
         trained_on=trained_on,
         command=command,
-        steps=config.steps,
+        steps=0 if model is None else config.steps,
         loss=loss,
     )
-    return MadeReference(files, count_parameters(model), seconds)
+    return MadeReference(files, 0 if model is None else count_parameters(model), seconds)
 
 
 def load_pool(config: ReferenceConfig, progress: Progress | None = None) -> list[Document]:
@@ -154,6 +162,12 @@ def _train(
         optimise(model, optimizer, learning_rate(recipe, step))
         if progress is not None and ((step + 1) % _REPORT_EVERY == 0 or step + 1 == config.steps):
             progress(step + 1, config.steps, f"training the reference, loss {float(loss.detach()):.3f}")
+
+
+def _counted_loss(counts: Counts, tokens: np.ndarray) -> float:
+    assert counts.longer is not None
+    losses = CountedModel(counts.unigrams, counts.longer).token_losses(to_tensor(tokens, torch.device("cpu")))
+    return float(losses.mean())
 
 
 def _saved(model: PreTrainedModel) -> tuple[bytes, bytes]:

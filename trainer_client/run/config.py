@@ -114,7 +114,7 @@ class RunConfig:
         least=-1,
     )
     reference: str = setting(
-        "auto", "selection: auto (trained on the data, cached), a reference's folder, or its name at the service"
+        "auto", "selection: auto (made of the data, cached), a reference's folder, or its name at the service"
     )
     profile: str = setting("", "selection: file of a target profile (default: made of the validation documents)")
     judge_temperature: float = setting(

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from trainer_client.client import Client, connect
-from trainer_client.reference.config import ReferenceConfig
+from trainer_client.reference.config import COUNTED
 from trainer_client.run.afterwards import check_extras
 from trainer_client.run.compute import scoring_flops, teaching_flops, training_flops
 from trainer_client.run.config import RunConfig
@@ -25,6 +25,7 @@ from trainer_client.run.forward import token_losses
 from trainer_client.run.methods.names import JUDGED
 from trainer_client.run.models import SIZES, count_config_parameters, count_parameters, llama_config
 from trainer_client.run.progress import preparing
+from trainer_client.run.reference import reference_recipe
 from trainer_client.run.runner import RunJob, prepare
 from trainer_client.run.session import PASSING, weighter_names
 from trainer_client.run.start import Start
@@ -65,7 +66,7 @@ def show_plan(config: RunConfig, console: Console) -> None:
     check_workspace(config)
     check_extras(config, console)
     with preparing(console) as progress:
-        job = prepare(config, device, progress, train_reference=False)
+        job = prepare(config, device, progress, make_reference=False)
     for name, line in (*_model(job), *_data(job), *_runs(job), *_weighter(job), *_costs(job), *_files(job)):
         console.print(f"{name:<{_WIDTH}}{line}", highlight=False, markup=False, soft_wrap=True)
     console.print("Nothing was trained or written.", highlight=False)
@@ -173,11 +174,15 @@ def _weighter(job: RunJob) -> Iterator[Line]:
     else:
         yield "service", f"{config.weighter}: {_asked(config, job.start)}"
     if any(variant.selects for variant in config.variants):
-        reference, parameters = job.reference, _reference_parameters(job)
-        how = f"will be trained first ({ReferenceConfig.steps} steps, then cached)"
+        reference, parameters, recipe = job.reference, _reference_parameters(job), reference_recipe(config)
+        what = f"{parameters:,} parameters" if parameters else "counted"
         if reference is not None:
             how = f"{reference.name}, {'cached or given' if reference.files else 'hosted by the service'}"
-        yield "reference", f"{parameters:,} parameters; {how}"
+        elif recipe.size == COUNTED:
+            how = "will be counted first, then cached"
+        else:
+            how = f"will be trained first ({recipe.steps} steps, then cached)"
+        yield "reference", f"{what}; {how}"
 
 
 def _asked(config: RunConfig, start: Start | None) -> str:
@@ -208,7 +213,10 @@ def _known(client: Client, variant: Variant, start: Start | None) -> str:
 def _reference_parameters(job: RunJob) -> int:
     if job.reference is not None:
         return job.reference.parameters
-    described = llama_config(SIZES[ReferenceConfig.size], job.task.tokenizer.vocab_size, job.config.seq_len)
+    recipe = reference_recipe(job.config)
+    if recipe.size == COUNTED:
+        return 0
+    described = llama_config(SIZES[recipe.size], job.task.tokenizer.vocab_size, job.config.seq_len)
     return count_config_parameters(described.to_json_string(use_diff=False).encode())
 
 

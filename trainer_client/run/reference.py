@@ -1,4 +1,4 @@
-"""The reference of a job that selects: trained on its data and cached, from a folder, or one that the service has.
+"""The reference of a job that selects: made of its data and cached, from a folder, or one that the service has.
 
 Knows the client for that last case; nothing of how a run uses it.
 """
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from trainer_client.client import connect
-from trainer_client.reference.config import ReferenceConfig
+from trainer_client.reference.config import COUNTED, SMALLEST, ReferenceConfig
 from trainer_client.reference.train import make_reference
 from trainer_client.run.compute import training_flops
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import Progress
+from trainer_client.run.methods.names import JUDGED
 from trainer_client.run.models import count_config_parameters
 from trainer_client.run.task import Task
 from trainer_client.run.tokenizer import Tokenizer, default_cache_dir, load_tokenizer
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 _CACHE_FORMAT = 1  # part of the key: raise it when training changes
-_ASKED_FOR = ("config.json", "counts.safetensors", "tokenizer.json")  # of a reference that the service has
+_CONFIG = "config.json"  # a counted reference has none
+_NEEDED = ("counts.safetensors", "tokenizer.json")  # of a reference that the service has
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class RunReference:
     tokenizer_checksum: str  # of its tokenizer.json
     tokenizer: Tokenizer
     seq_len: int  # longest sample that it scores whole, in labels
-    parameters: int
+    parameters: int  # 0: it is counted
     ngrams: np.ndarray  # [buckets] int64, of its pool
     files: dict[str, bytes] | None = None  # to give to the service; None: it has them
     trained_flops: float = 0.0  # where it was trained for the job
@@ -79,7 +81,13 @@ def given_reference(config: RunConfig) -> RunReference | None:
     return found
 
 
-def trained_reference(
+def reference_recipe(config: RunConfig) -> ReferenceConfig:
+    """Of a reference that is made for a job: counted, but for methods that read and tune a model."""
+    judges = any(v.judged and JUDGED[v.method].reads_reference for v in config.variants)
+    return ReferenceConfig(size=SMALLEST if judges else COUNTED)
+
+
+def made_reference(
     config: RunConfig,
     task: Task,
     device: torch.device,
@@ -88,12 +96,12 @@ def trained_reference(
     cache_dir: Path | None = None,
     recipe: ReferenceConfig | None = None,
 ) -> RunReference:
-    """A small reference of the job's training samples, from the cache where they met this recipe before.
+    """A reference of the job's training samples, from the cache where they met this recipe before.
 
     Args:
         cache_dir: None: that of tokenizers. A cache that can't be written is a warning, not an error; a damaged entry
-            is trained anew.
-        recipe: size and training; None: the defaults.
+            is made anew.
+        recipe: size and training; None: the defaults, which count.
     """
     settings = _settings(config, task, recipe)
 
@@ -115,7 +123,7 @@ def trained_reference(
 def cached_reference(
     config: RunConfig, task: Task, *, cache_dir: Path | None = None, recipe: ReferenceConfig | None = None
 ) -> RunReference | None:
-    """What `trained_reference` would find in the cache, None where it would train."""
+    """What `made_reference` would find in the cache, None where it would make it."""
     files = cached_files(_cache_folder(task, _settings(config, task, recipe), cache_dir), "reference")
     return None if files is None else _of_files(files, trained=True)
 
@@ -143,7 +151,7 @@ def _cache_folder(task: Task, settings: ReferenceConfig, cache_dir: Path | None)
 def _of_files(files: dict[str, bytes], trained: bool = False) -> RunReference:
     """A reference that is given to the service; `trained`: for jobs like this one, in batches of the default size."""
     info = check_reference(files, "the reference")
-    parameters = count_config_parameters(files["config.json"])
+    parameters = count_config_parameters(files[_CONFIG]) if _CONFIG in files else 0
     return RunReference(
         name=f"run-{info.checksum[:16]}",
         checksum=info.checksum,
@@ -161,7 +169,7 @@ def _of_service(config: RunConfig) -> RunReference:
     what = f"--reference {config.reference}"
     try:
         with connect(config.weighter, **config.credentials) as client:
-            found = client.get_reference(config.reference, _ASKED_FOR)
+            found = client.get_reference(config.reference, (_CONFIG, *_NEEDED))
     except NotFound as exc:
         raise InvalidArgument(f"{what} is neither a folder nor known to the service: {exc.message}") from exc
     except WeighbridgeError as exc:
@@ -170,7 +178,7 @@ def _of_service(config: RunConfig) -> RunReference:
         raise
     files = dict(found.files)
     where = f"{what}, as the service {config.weighter} has it"
-    if missing := [name for name in _ASKED_FOR if name not in files]:
+    if missing := [name for name in _NEEDED if name not in files]:
         raise InvalidArgument(f"{where}, lacks {missing[0]}: it can't be used")
     if hashlib.sha256(files["tokenizer.json"]).hexdigest() != found.tokenizer_checksum:
         raise InvalidArgument(f"{where}, has a tokenizer.json of another checksum than it says: it can't be used")
@@ -184,7 +192,7 @@ def _of_service(config: RunConfig) -> RunReference:
         tokenizer_checksum=found.tokenizer_checksum,
         tokenizer=_tokenizer(files["tokenizer.json"], where),
         seq_len=found.seq_len,
-        parameters=count_config_parameters(files["config.json"]),
+        parameters=count_config_parameters(files[_CONFIG]) if _CONFIG in files else 0,
         ngrams=counts.ngrams,
     )
 

@@ -30,7 +30,13 @@ from trainer_client.run.parallel import check_parallel
 from trainer_client.run.plot import SourceHistory, plot_sources
 from trainer_client.run.progress import JobProgress, preparing
 from trainer_client.run.recorder import Recorder
-from trainer_client.run.reference import RunReference, cached_reference, given_reference, trained_reference
+from trainer_client.run.reference import (
+    RunReference,
+    cached_reference,
+    given_reference,
+    made_reference,
+    reference_recipe,
+)
 from trainer_client.run.replay import ReplayedChoice, ReplayedWeights, bring_records, check_replay
 from trainer_client.run.report import RunSummary, job_summary, write_json
 from trainer_client.run.session import WeighterSession, check_service, columns_of
@@ -127,17 +133,17 @@ class RunJob:
     task: Task
     device: torch.device
     model: PreTrainedModel  # as every run begins
-    reference: RunReference | None  # None: no run selects, or it is not trained yet
+    reference: RunReference | None  # None: no run selects, or it is not made yet
     profile: Profile | None
     methods: Methods  # of its judged runs
     start: Start | None = None  # of the main run's weighter, where it is an export
 
 
-def prepare(config: RunConfig, device: torch.device, progress: Progress, *, train_reference: bool = True) -> RunJob:
+def prepare(config: RunConfig, device: torch.device, progress: Progress, *, make_reference: bool = True) -> RunJob:
     """Data, model and reference of a job; writes nothing but caches.
 
     Args:
-        train_reference: False leaves the reference out where it is neither given nor in the cache.
+        make_reference: False leaves the reference out where it is neither given nor in the cache.
 
     Raises:
         InvalidArgument: a mistake in the settings or the data.
@@ -152,13 +158,15 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress, *, trai
     check_tokenizer(start, reference.tokenizer_checksum if reference else task.tokenizer.checksum)
     model = build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed)
     if read and reference is None:
-        reference = (
-            trained_reference(config, task, device, progress) if train_reference else cached_reference(config, task)
-        )
+        recipe = reference_recipe(config)
+        if make_reference:
+            reference = made_reference(config, task, device, progress, recipe=recipe)
+        else:
+            reference = cached_reference(config, task, recipe=recipe)
     if reference is not None and any(variant.selects for variant in config.variants):
         profile = job_profile(config.profile, task, reference)
         _warn_of(reference, config, count_parameters(model))
-    methods = prepare_methods(config, task, device, reference if train_reference else None, progress)
+    methods = prepare_methods(config, task, device, reference if make_reference else None, progress)
     return RunJob(config, task, device, model, reference, profile, methods, start)
 
 

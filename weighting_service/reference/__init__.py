@@ -1,4 +1,4 @@
-"""Reference models: small frozen causal LMs that turn token ids into the statistics that weighters read.
+"""References: small frozen language models, trained or counted, that turn token ids into what weighters read.
 
 `load_reference` verifies a folder and gives a `Reference`; one engine thread uses it. Must not know weighters, jobs or
 transports.

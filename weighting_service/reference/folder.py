@@ -1,5 +1,7 @@
 """From a folder to a `Reference`: verified first, then loaded from safetensors, with no code but transformers' own.
 
+One without a model is counted (`weighting_contract.counted`), and needs no transformers.
+
 The files and their checksum are the contract's (`weighting_contract.reference`). Knows neither names of references
 nor where a service keeps them.
 """
@@ -17,9 +19,11 @@ from typing import Any
 import torch
 
 from weighting_contract.building import ONE_AT_A_TIME
+from weighting_contract.counted import CountedModel
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.reference import ReferenceInfo, check_reference, read_counts, reference_files, write_reference
-from weighting_service.reference.model import Reference, Tokenize
+from weighting_service.reference.causal import CausalModel
+from weighting_service.reference.model import Reference, Tokenize, TokenLosses
 from weighting_service.weighter.encoder import FORBIDDEN_KEYS
 
 __all__ = ["load_reference", "reference_files", "write_reference"]
@@ -48,9 +52,14 @@ def load_reference(
     files = reference_files(folder)
     info = check_reference(files, str(folder))
     tokenize = _tokenizer(files["tokenizer.json"], info, folder)
-    model = _model(folder, files["config.json"], info)
-    name = name or folder.resolve().name
-    return Reference(name, info, model, tokenize, read_counts(files), device, tokens_per_pack, cached_samples)
+    counts, name = read_counts(files), name or folder.resolve().name
+    model: TokenLosses
+    if counts.longer is None:
+        trained = _model(folder, files["config.json"], info)
+        model = CausalModel(trained, name, info.vocab_size, info.seq_len + 1, device)
+    else:
+        model = CountedModel(counts.unigrams, counts.longer, device)
+    return Reference(name, info, model, tokenize, counts, device, tokens_per_pack, cached_samples)
 
 
 def _library(name: str) -> Any:

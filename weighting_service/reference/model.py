@@ -1,38 +1,43 @@
-"""A reference model at work: token ids in, raw portable statistics out, many samples a forward pass.
+"""A reference at work: token ids in, raw portable statistics out, many samples at a time.
 
-Torch only: no files, no threads; one thread calls it. Logits, the largest thing by far, exist for a few rows at a time.
+Torch only: no files, no threads; one thread calls it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.reference import Counts, ReferenceInfo
 from weighting_contract.statistics import raw_statistics, unigram_nll_table
 from weighting_service.reference.cache import SampleCache, sample_key
-from weighting_service.reference.packing import Pack, PackReport, pack_rows, pad_rows
+from weighting_service.reference.packing import Pack, PackReport, pack_rows
 
 Row = Sequence[int] | np.ndarray  # token ids of one sample
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
 TOKENS_PER_PACK_CPU = 8192
 TOKENS_PER_PACK_CUDA = 131_072
-_LOGIT_BYTES_CPU = 2 << 20  # of 4 MiB and more, each chunk costs fresh pages: three times slower
-_LOGIT_BYTES_CUDA = 256 << 20
-_LEAST_PLACES = 32  # of a chunk, or the product with the output layer is slow
-_PROBE_TOKENS = 16
-_PROBE_TOLERANCE = 1e-3  # nats, in float32; what an architecture does otherwise shows in tenths
+
+
+class TokenLosses(Protocol):
+    """A small frozen language model, trained or counted."""
+
+    def token_losses(self, tokens: Tensor, real: np.ndarray) -> Tensor:
+        """[N, T-1] float32, nats, of rows of ids [N, T] int64 that are padded on the right.
+
+        Args:
+            real: [N, T-1] bool, where a label is none of the padding; what is given elsewhere does not matter.
+        """
 
 
 class Reference:
-    """A small frozen causal LM that scores samples for any number of weighters and jobs.
+    """Scores samples by a small language model, for any number of weighters and jobs.
 
     Attributes:
         name: that specs and metrics call it by.
@@ -45,7 +50,7 @@ class Reference:
         self,
         name: str,
         info: ReferenceInfo,
-        model: Any,
+        model: TokenLosses,
         tokenize: Tokenize,
         counts: Counts,
         device: torch.device | str = "cpu",
@@ -54,28 +59,19 @@ class Reference:
     ) -> None:
         """
         Args:
-            model: a causal LM of transformers in float32 on the CPU; it is moved, frozen and owned by this object.
+            model: on the device.
             tokenize: texts to token ids.
-            counts: of the pool that the model was trained on.
-            tokens_per_pack: most padded tokens of a forward pass; None: what suits the device.
+            counts: of the pool that the model was made of.
+            tokens_per_pack: most padded tokens at a time; None: what suits the device.
             cached_samples: whose raw statistics are kept, the newest ones; 0: none.
-
-        Raises:
-            InvalidArgument: a model whose losses depend on padding or are not finite, or whose logits are not those of
-                its output layer.
         """
         self.name, self.info, self.ngram_counts = name, info, counts.ngrams
         self.last_report = PackReport(0, 0, 0, 0, 0, ())
         self._cache = SampleCache(cached_samples)
         self._tokenize = tokenize
-        self._model = model.eval().requires_grad_(False)
-        self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
-        self._unigram_nll = unigram_nll_table(torch.from_numpy(counts.unigrams))
-        self._device = torch.device("cpu")
-        self._probe()
+        self._model = model
         self._device = torch.device(device)
-        self._model.to(self._device)
-        self._unigram_nll = self._unigram_nll.to(self._device)
+        self._unigram_nll = unigram_nll_table(torch.from_numpy(counts.unigrams)).to(self._device)
         cuda = self._device.type == "cuda"
         self.tokens_per_pack = tokens_per_pack or (TOKENS_PER_PACK_CUDA if cuda else TOKENS_PER_PACK_CPU)
 
@@ -195,51 +191,8 @@ class Reference:
         """[N, len(RAW_NAMES)] of all packs, on the CPU; the device is waited for once, at the end."""
         parts = []
         for pack in packs:
-            losses, labels, mask = self._token_losses(pack)
-            parts.append(raw_statistics(losses, self._unigram_nll[labels], mask))
+            tokens = torch.from_numpy(pack.tokens).to(self._device, non_blocking=True)
+            losses = self._model.token_losses(tokens, pack.labels)
+            mask = torch.from_numpy(pack.labels).to(self._device, non_blocking=True)
+            parts.append(raw_statistics(losses, self._unigram_nll[tokens[:, 1:]], mask))
         return torch.cat(parts).cpu()
-
-    def _token_losses(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
-        """(losses float32, labels int64, mask bool), [N, T-1] each; losses are 0 where the mask is False.
-
-        No attention mask: padding on the right is behind every real token, and causal attention does not look there.
-        """
-        tokens = torch.from_numpy(pack.tokens).to(self._device, non_blocking=True)
-        real = np.arange(1, tokens.shape[1]) < pack.lengths[:, None]
-        places = torch.from_numpy(np.flatnonzero(real)).to(self._device, non_blocking=True)  # in [N, T-1], flattened
-        labels = tokens[:, 1:]
-        bf16 = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
-            states = self._decoder(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-            losses = self._losses_at(states.flatten(0, 1)[places], labels.flatten()[places])
-        dense = torch.zeros(labels.numel(), device=self._device).index_copy_(0, places, losses)
-        return dense.view(labels.shape), labels, torch.from_numpy(real).to(self._device, non_blocking=True)
-
-    def _losses_at(self, states: Tensor, labels: Tensor) -> Tensor:
-        """[P] float32 from states [P, H] and labels [P]; logits are held for a chunk of places only."""
-        held = _LOGIT_BYTES_CUDA if states.device.type == "cuda" else _LOGIT_BYTES_CPU
-        places = max(_LEAST_PLACES, held // (4 * self._head.weight.shape[0]))
-        chunks = zip(torch.split(states, places), torch.split(labels, places), strict=True)
-        return torch.cat([F.cross_entropy(self._head(s).float(), y, reduction="none") for s, y in chunks])
-
-    @torch.inference_mode()
-    def _probe(self) -> None:
-        """Compares a padded pack with the whole model on each sample alone.
-
-        What differs: models that look ahead, such as encoders, and those that do more to logits than their output
-        layer does (caps, scales).
-        """
-        longest = min(_PROBE_TOKENS, self.max_tokens)
-        rows = [np.arange(n, dtype=np.int64) * 7919 % self.vocab_size for n in (max(2, longest // 2), longest)]
-        losses, _, _ = self._token_losses(pad_rows(rows, range(len(rows))))
-        for row, given in zip(rows, losses, strict=True):
-            tokens = torch.from_numpy(row)
-            logits = self._model(input_ids=tokens[None, :-1], use_cache=False).logits[0].float()
-            expected = F.cross_entropy(logits, tokens[1:], reduction="none")
-            if not bool(expected.isfinite().all()):
-                raise InvalidArgument(f"the reference {self.name!r} gives losses that are not finite; train it again")
-            if not torch.allclose(given[: len(expected)], expected, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
-                raise InvalidArgument(
-                    f"the reference {self.name!r} is a {self._model.config.model_type!r} whose losses change with "
-                    "padding or are not those of its output layer alone; expected a plain causal language model"
-                )

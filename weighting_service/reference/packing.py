@@ -47,6 +47,12 @@ class Pack:
     lengths: np.ndarray  # [N] int64, real tokens of each row
 
     @property
+    def labels(self) -> np.ndarray:
+        """[N, T-1] bool: where a token but the first is none of the padding."""
+        real: np.ndarray = np.arange(1, self.tokens.shape[1]) < self.lengths[:, None]
+        return real
+
+    @property
     def real_tokens(self) -> int:
         """Labels."""
         return int(self.lengths.sum()) - len(self.lengths)

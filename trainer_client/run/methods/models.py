@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer_client.reference.config import ReferenceConfig
+from trainer_client.reference.config import SMALLEST, ReferenceConfig
 from trainer_client.reference.train import make_reference
 from trainer_client.run.compute import training_flops
 from trainer_client.run.data import Progress, Samples
@@ -103,6 +103,12 @@ def _files(reference: RunReference) -> dict[str, bytes]:
         raise InvalidArgument(
             f"--reference {reference.name} is the service's, but this job has a method that needs its parameters here: "
             "name a folder, or leave --reference out to have one trained"
+        )
+    if not reference.parameters:
+        raise InvalidArgument(
+            f"--reference {reference.name} is counted, but this job has a method that reads and tunes a model: name "
+            f"one with a model (python -m trainer_client.reference --size {SMALLEST}), or leave --reference out to "
+            "have one trained"
         )
     return reference.files
 
