@@ -69,7 +69,7 @@ class Setting:
     lr: float = 1e-3
     eval_every: int = 50
     device: str = "cuda"
-    reference: str = "base"  # of the roofline; runs have a small one, trained on their data
+    reference: str = "base"  # of the roofline; runs have one of their own data
     samples: int = 4096  # that the roofline scores; 0: none is measured
     matrix: int = 8192  # side of the product
     rounds: int = 7

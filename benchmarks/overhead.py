@@ -59,7 +59,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
-        if make_reference(["--steps", "1", "--threads", "1", "--out", str(models / REFERENCE)]):
+        if make_reference(["--threads", "1", "--out", str(models / REFERENCE)]):
             return 1
         service, port, _ = start_service(Path(folder) / "state", "--models", str(models))
         try:

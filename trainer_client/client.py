@@ -203,7 +203,10 @@ class Client:
         return reference
 
     def get_reference(self, name: str, files: Sequence[str] = ()) -> pb.Reference:
-        """What the service knows of a reference, and the files that are named, such as tokenizer.json. NotFound."""
+        """What the service knows of a reference, and the files that are named, such as tokenizer.json. NotFound.
+
+        A counted reference has no config.json and no model.safetensors: they are left out.
+        """
         if isinstance(files, str):
             raise InvalidArgument(f"files is the string {files!r}, expected a list of names")
         reference: pb.Reference = self._call("GetReference", pb.GetReferenceRequest(name=name, files=list(files)))

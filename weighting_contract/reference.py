@@ -7,7 +7,7 @@ folders; nothing of torch, of transformers or of how token losses are computed.
 |--------------------|----------------------------------------------------------------------------------------------|
 | config.json        | a causal LM of transformers, as `save_pretrained` writes it; not of a counted reference      |
 | counts.safetensors | of the pool: `unigrams` [V] int64, each token as a label; `ngrams` [buckets] uint32, hashed; |
-|                    | `longer` [buckets] uint32, bi- and trigrams, of a counted reference alone                    |
+|                    | `bi_and_trigrams` [buckets] uint16 or uint32, hashed, of a counted reference alone           |
 | model.safetensors  | the model's parameters, in one file; not of a counted reference                              |
 | tokenizer.json     | of the tokenizers library                                                                    |
 | reference.json     | `ReferenceInfo` and the format: which of the above belong together, and where they come from |
@@ -35,6 +35,7 @@ from weighting_contract.folder import read_files, sync, write_durably
 from weighting_contract.spec import check_text
 
 FORMAT = 1
+MOST_BUCKETS = 1 << 24  # of bi- and trigrams
 MANIFEST = "reference.json"
 CONTENT = ("config.json", "counts.safetensors", "model.safetensors", "tokenizer.json")  # the checksum's order
 FILES = (*CONTENT, MANIFEST)
@@ -62,7 +63,8 @@ class Counts:
 
     unigrams: np.ndarray  # [V] int64, how often each token is a label
     ngrams: np.ndarray  # [buckets] int64, `weighting_contract.ngrams.count_ngrams`
-    longer: np.ndarray | None = None  # [buckets] int64, `weighting_contract.counted.count_longer`, of a counted one
+    # [buckets] of an integer type, `weighting_contract.counted.count_bi_and_trigrams`, of a counted reference
+    bi_and_trigrams: np.ndarray | None = None
 
 
 def reference_checksum(files: Mapping[str, bytes], seq_len: int) -> str:
@@ -103,8 +105,9 @@ def build_reference(
         InvalidArgument: contents that are no reference.
     """
     tables = {"unigrams": counts.unigrams.astype(np.int64), "ngrams": _stored(counts.ngrams)}
-    if counts.longer is not None:
-        tables["longer"] = _stored(counts.longer)
+    if counts.bi_and_trigrams is not None:
+        largest = np.uint16 if counts.bi_and_trigrams.max() <= np.iinfo(np.uint16).max else np.uint32
+        tables["bi_and_trigrams"] = _stored(counts.bi_and_trigrams).astype(largest)
     files = {"counts.safetensors": safetensors.numpy.save(tables), "tokenizer.json": tokenizer}
     if config is not None and model is not None:
         files |= {"config.json": config, "model.safetensors": model}
@@ -157,15 +160,25 @@ def check_reference(files: Mapping[str, bytes], where: str) -> ReferenceInfo:
     if tokenizer_checksum != info.tokenizer_checksum:
         raise InvalidArgument(
             f"{where}: tokenizer.json has the checksum {tokenizer_checksum[:12]}..., but {MANIFEST} names "
-            f"{info.tokenizer_checksum[:12]}...: it is another tokenizer than the reference was trained with"
+            f"{info.tokenizer_checksum[:12]}...: it is another tokenizer than the reference was made with"
+        )
+    counts = read_counts(files)
+    if counted and counts.bi_and_trigrams is None:
+        raise InvalidArgument(
+            f"{where}: config.json is missing, and so is `bi_and_trigrams` in counts.safetensors: a reference has a "
+            "model, or these counts in place of it"
+        )
+    if not counted and counts.bi_and_trigrams is not None:
+        raise InvalidArgument(
+            f"{where}: counts.safetensors has `bi_and_trigrams`, which a reference with a model has not"
         )
     checksum = reference_checksum(files, info.seq_len)
     if checksum != info.checksum:
         raise InvalidArgument(
             f"{where}: the files have the checksum {checksum[:12]}..., but {MANIFEST} names {info.checksum[:12]}...: "
-            "a file was changed or belongs to another reference; copy or train the reference again"
+            "a file was changed or belongs to another reference; copy or make the reference again"
         )
-    _check_counts(read_counts(files), info, where, counted)
+    _check_counts(counts, info, where)
     return info
 
 
@@ -179,8 +192,7 @@ def read_counts(files: Mapping[str, bytes]) -> Counts:
         raise InvalidArgument(f"counts.safetensors lacks {min(missing)!r}, expected unigrams and ngrams")
     if any(tensor.dtype.kind not in "iu" for tensor in tensors.values()):
         raise InvalidArgument("counts.safetensors holds counts that are no integers")
-    longer = tensors["longer"].astype(np.int64) if "longer" in tensors else None
-    return Counts(tensors["unigrams"], tensors["ngrams"].astype(np.int64), longer)
+    return Counts(tensors["unigrams"], tensors["ngrams"].astype(np.int64), tensors.get("bi_and_trigrams"))
 
 
 def write_reference(folder: str | os.PathLike[str], files: Mapping[str, bytes], *, replace: bool = False) -> Path:
@@ -248,7 +260,7 @@ def _info(manifest: bytes, where: str) -> ReferenceInfo:
         if not least <= values[name] < 2**31:
             raise InvalidArgument(f"{where}: {MANIFEST} has {name} {values[name]}, expected {least} to {2**31 - 1}")
     if not math.isfinite(info.loss):
-        raise InvalidArgument(f"{where}: {MANIFEST} has loss {info.loss}, expected a finite number; train it again")
+        raise InvalidArgument(f"{where}: {MANIFEST} has loss {info.loss}, expected a finite number; make it again")
     for name in ("trained_on", "command"):
         check_text(values[name], f"{where}: {MANIFEST}: {name}")
     return info
@@ -267,25 +279,20 @@ def _stored(counts: np.ndarray) -> np.ndarray:
     return stored
 
 
-def _check_counts(counts: Counts, info: ReferenceInfo, where: str, counted: bool) -> None:
+def _check_counts(counts: Counts, info: ReferenceInfo, where: str) -> None:
     if counts.unigrams.shape != (info.vocab_size,) or counts.ngrams.ndim != 1:
         raise InvalidArgument(
             f"{where}: counts.safetensors has unigrams of shape {list(counts.unigrams.shape)} and ngrams of "
             f"{list(counts.ngrams.shape)}, expected [{info.vocab_size}] for the vocabulary and [buckets]"
         )
-    if any((table < 0).any() for table in (counts.unigrams, counts.ngrams, counts.longer) if table is not None):
+    tables = (counts.unigrams, counts.ngrams, counts.bi_and_trigrams)
+    if any((table < 0).any() for table in tables if table is not None):
         raise InvalidArgument(f"{where}: counts.safetensors has counts below 0")
-    if counted and counts.longer is None:
+    shape = (1,) if counts.bi_and_trigrams is None else counts.bi_and_trigrams.shape
+    if len(shape) != 1 or not _is_power_of_two(shape[0]) or shape[0] > MOST_BUCKETS:
         raise InvalidArgument(
-            f"{where}: config.json is missing, and so is `longer` in counts.safetensors: a reference has a model, or "
-            "counts of bi- and trigrams in place of it"
-        )
-    if not counted and counts.longer is not None:
-        raise InvalidArgument(f"{where}: counts.safetensors has `longer`, which a reference with a model has not")
-    if counts.longer is not None and (counts.longer.ndim != 1 or not _is_power_of_two(len(counts.longer))):
-        raise InvalidArgument(
-            f"{where}: counts.safetensors has `longer` of shape {list(counts.longer.shape)}, expected [buckets], a "
-            "power of two"
+            f"{where}: counts.safetensors has `bi_and_trigrams` of shape {list(shape)}, expected [buckets], a power of "
+            f"two up to {MOST_BUCKETS}"
         )
 
 

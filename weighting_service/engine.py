@@ -237,7 +237,7 @@ def _with_features(reference: Reference, calls: list[_Call]) -> tuple[list[tuple
             call.future.set_exception(
                 FailedPrecondition(
                     f"the reference {reference.name!r} gives losses that are not finite for sample "
-                    f"{int(np.argmin(finite))}; use another reference, or train it again"
+                    f"{int(np.argmin(finite))}; use another reference, or make it again"
                 )
             )
     return ready, reference.last_report

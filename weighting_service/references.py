@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 from weighting_contract.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from weighting_contract.folder import read_files
-from weighting_contract.reference import FILES, MANIFEST, ReferenceInfo, check_reference
+from weighting_contract.reference import FILES, MANIFEST, MODEL, ReferenceInfo, check_reference
 from weighting_contract.spec import check_name
 from weighting_service import pretaught
 from weighting_service.loaded import LoadedReferences, short
@@ -141,7 +140,7 @@ class ReferenceStore:
         return self._view(known)
 
     async def get(self, name: str, files: Iterable[str] = ()) -> ReferenceView:
-        """A reference, with those of its files that are named."""
+        """A reference, with those of its files that are named; a counted one has no model's."""
         known, wanted = await self.find(name), list(dict.fromkeys(files))
         for file in wanted:
             if file not in FILES:
@@ -326,7 +325,8 @@ class ReferenceStore:
 
     def _contents(self, known: Known, files: Collection[str]) -> dict[str, bytes]:
         self._bring(known)
-        return read_files(known.folder, files, f"{known.folder} is gone")  # a counted one has no model
+        counted = not any((known.folder / file).exists() for file in MODEL)
+        return {file: (known.folder / file).read_bytes() for file in files if not (counted and file in MODEL)}
 
     def _bring(self, known: Known) -> None:
         """Fetches an upload again where the cache has lost it."""

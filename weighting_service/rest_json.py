@@ -74,7 +74,7 @@ class RollbackWeighterBody(Body):
 
 
 class PutReferenceBody(Body):
-    files: dict[str, str] = Field(description="the five files of a reference by name, base64")
+    files: dict[str, str] = Field(description="the files of a reference by name, base64")
     exist_ok: bool = False
 
     def contents(self) -> dict[str, bytes]:

@@ -89,7 +89,7 @@ def test_a_dry_run_says_what_will_happen_and_leaves_nothing(data, finished, tmp_
     # The plan counts what the run will have counted.
     teaching, scoring = (compute[f"{name}_flops"] / compute["training_flops"] for name in ("teaching", "scoring"))
     assert f"both: teaching {teaching:.1%} ({summary['meta_updates']} meta-updates), scoring {scoring:.1%}" in shown
-    assert f"reference     {summary['reference']['parameters']:,} parameters; {summary['reference']['name']}" in shown
+    assert f"reference     counted; {summary['reference']['name']}" in shown
     size = (finished / "both" / "checkpoints" / f"checkpoint-{STEPS:08d}.safetensors").stat().st_size
     planned = 12 * parameters
     assert f"the newest two checkpoints of {planned / 1e6:,.2f} MB each" in shown
@@ -97,8 +97,10 @@ def test_a_dry_run_says_what_will_happen_and_leaves_nothing(data, finished, tmp_
     assert f"of {CANDIDATES} candidates a place the most alike to the target" in shown
 
 
-def test_a_dry_run_says_where_a_reference_is_to_be_trained(data, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_says_where_a_reference_is_to_be_made(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "reference     counted; will be counted first, then cached" in _plan(data, capsys)
+    monkeypatch.setattr("trainer_client.run.reference.MOST_TOKENS", 100)
     assert "parameters; will be trained first (300 steps, then cached)" in _plan(data, capsys)
     assert not list((tmp_path / "cache").rglob("reference-*"))
 

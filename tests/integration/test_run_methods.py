@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from trainer_client.run import builtin_corpus
 from trainer_client.run.__main__ import main
 from trainer_client.run.compute import scoring_flops, training_flops
-from trainer_client.run.config import load
+from trainer_client.run.config import load, parse
 from trainer_client.run.data import CandidateOrder
 from trainer_client.run.forward import sample_losses
 from trainer_client.run.methods.judge import Sharpness
@@ -25,6 +26,7 @@ from trainer_client.run.methods.names import JUDGED
 from trainer_client.run.metrics import read_metrics
 from trainer_client.run.models import build_model
 from trainer_client.run.recorder import Record, read_records
+from trainer_client.run.runner import prepare
 from trainer_client.run.task import build_task
 from trainer_client.run.tokenizer import load_tokenizer
 from trainer_client.select.choice import choose
@@ -199,6 +201,19 @@ def test_what_judges_take_is_counted(summaries: dict[str, dict[str, Any]], finis
         assert (run["reference"] is not None) == reads
         spent = run["compute"]["training_flops"] + run["compute"]["scoring_flops"]
         assert run["compute"]["relative"] == pytest.approx(spent / run["compute"]["training_flops"])
+
+
+def test_what_a_run_is_compared_with_does_not_change_its_reference(data: list[str]) -> None:
+    config = parse([*data, "--method", "dwm", "--mode", "select", "--compare", "rho", "uniform", "--out", "nowhere"])
+    job = prepare(config, torch.device("cpu"), lambda *_: None)
+    chooser, rho, uniform = (job.reference_of(variant) for variant in config.variants)
+    assert chooser is not None
+    assert rho is not None
+    assert (chooser.parameters, uniform) == (0, None)
+    assert rho.parameters > 0
+    alone = prepare(replace(config, compare=()), torch.device("cpu"), lambda *_: None)
+    assert alone.reference is not None
+    assert (alone.reference.checksum, alone.judging) == (chooser.checksum, None)
 
 
 # ---- Again ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from small_job import (
 )
 
 from tests.conftest import Address
+from trainer_client.reference.__main__ import main as make_reference
 from trainer_client.run.__main__ import main
 from trainer_client.run.data import CandidateOrder
 from trainer_client.run.metrics import read_metrics
@@ -63,7 +64,10 @@ def test_a_run_killed_at_a_random_step_resumes_bit_by_bit(data, finished, servic
 def test_what_the_service_remembers_of_samples_changes_costs_alone(data, tmp_path, monkeypatch):
     """Remembered or computed again, by a run in one piece or one that was killed: bit by bit the same."""
     several = 9  # candidates a place, so that the pool is passed several times
-    flags = [*data, "--mode", "select", "--candidates", str(several)]
+    reference = tmp_path / "reference"
+    made = f"--vocab-size 300 --seq-len 16 --batch-size {BATCH} --size pico --steps 2 --threads 1 --out {reference}"
+    assert make_reference([*data[:6], *made.split()]) == 0
+    flags = [*data, "--mode", "select", "--candidates", str(several), "--reference", str(reference)]
 
     def out(name: str, samples: int) -> Path:
         monkeypatch.setenv("WEIGHBRIDGE_CACHED_SAMPLES", str(samples))
@@ -95,6 +99,7 @@ def test_what_the_service_remembers_of_samples_changes_costs_alone(data, tmp_pat
     drawn = sum(len(set(order.indices(step))) for step in range(STEPS))  # a batch may hold a sample of two passes
     assert drawn == computed[0] > computed[1] > computed[2] == pool
     least, most = (read(folder / "summary.json") for folder in (everything, nothing))
+    assert least["compute"]["scoring_flops"] == 2 * least["reference"]["parameters"] * pool * 16 > 0
     assert least["compute"]["scoring_flops"] == pytest.approx(most["compute"]["scoring_flops"] * pool / drawn)
     for summary in (least, most):
         spent = sum(summary["compute"][f"{name}_flops"] for name in ("training", "teaching", "scoring"))

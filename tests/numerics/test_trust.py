@@ -162,6 +162,15 @@ def test_first_lessons_of_a_fresh_weighter_do_not_count_where_samples_are_chosen
         assert weighter.statistics.jobs["job"].probed_updates == counted
 
 
+def test_a_frozen_job_earns_its_trust_at_a_weighter_that_is_still_fresh() -> None:
+    weighter = taught(20)
+    for position in range(21, 51):
+        probes, estimator = np.ones(16, bool), Estimator.SCORE_FUNCTION
+        weighter.apply(position, update_of(position, REVERSED, probes=probes, estimator=estimator, trust_only=True))
+    job = weighter.statistics.jobs["job"]
+    assert (job.probed_updates, job.trust) == (30, 0.0)
+
+
 @pytest.mark.parametrize("estimator", list(Estimator))
 def test_without_a_mask_only_samples_as_they_were_drawn_are_probes(estimator: Estimator) -> None:
     weighter = taught(30)
@@ -323,6 +332,8 @@ def test_trust_is_part_of_the_state_and_an_older_state_starts_without() -> None:
     assert restored.statistics == weighter.statistics
     assert follow(restored, 3, HARMFUL, "wrong") == follow(weighter, 3, HARMFUL, "wrong")
 
+    restored.load_state(tensors, {**metadata, "format": 4})
+    assert restored.statistics == weighter.statistics
     for counted_otherwise in (2, 3):
         restored.load_state(tensors, {**metadata, "format": counted_otherwise})
         assert restored.statistics.jobs["wrong"].probed_updates == 0

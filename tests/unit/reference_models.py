@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trainer_client.run.models import no_progress_bar
 from trainer_client.run.tokenizer import train_tokenizer
-from weighting_contract.counted import count_longer
+from weighting_contract.counted import count_bi_and_trigrams
 from weighting_contract.reference import Counts, build_reference
 
 VOCABULARY, SEQ_LEN, BUCKETS = 300, 24, 1 << 10
@@ -79,7 +79,7 @@ def reference(causal: dict[str, Any] = LLAMA, seed: int = 0, **changed: Any) -> 
 def counted_reference(seed: int = 0) -> dict[str, bytes]:
     """The files of a reference without a model."""
     pool = np.random.default_rng(seed).integers(0, VOCABULARY, (50, SEQ_LEN + 1))
-    tables = replace(counts(seed=seed), longer=count_longer(pool))
+    tables = replace(counts(seed=seed), bi_and_trigrams=count_bi_and_trigrams(pool))
     return reference(config=None, model=None, counts=tables)
 
 

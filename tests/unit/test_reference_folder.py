@@ -146,8 +146,8 @@ def test_a_counted_reference_scores_by_its_counts(tmp_path: Path, counted: Files
     assert sorted(p.name for p in folder.iterdir()) == sorted(set(FILES) - set(MODEL))
     loaded, rows = load_reference(folder), random_rows(0, 12)
     tables = read_counts(counted)
-    assert tables.longer is not None
-    model, unigrams = CountedModel(tables.unigrams, tables.longer), torch.from_numpy(tables.unigrams)
+    assert tables.bi_and_trigrams is not None
+    model, unigrams = CountedModel(tables.unigrams, tables.bi_and_trigrams), torch.from_numpy(tables.unigrams)
     one_by_one = [
         raw_statistics(model.token_losses(row[None]), unigram_nll_table(unigrams)[row[None, 1:]])
         for row in map(torch.from_numpy, rows)
@@ -176,18 +176,21 @@ def _without_model(files: Files) -> Files:
     return {name: content for name, content in files.items() if name not in MODEL}
 
 
-def _with_table(files: Files, longer: np.ndarray) -> Files:
+def _with_table(files: Files, bi_and_trigrams: np.ndarray) -> Files:
     tables = read_counts(files)
-    stored = {"unigrams": tables.unigrams, "ngrams": tables.ngrams, "longer": longer}
+    stored = {"unigrams": tables.unigrams, "ngrams": tables.ngrams, "bi_and_trigrams": bi_and_trigrams}
     return {**files, "counts.safetensors": safetensors.numpy.save(stored)}
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (lambda model, counted: _without_model(model), "config.json is missing, and so is `longer`"),
+        (lambda model, counted: _without_model(model), "config.json is missing, and so is `bi_and_trigrams`"),
         (lambda model, counted: {**counted, "config.json": model["config.json"]}, "model.safetensors is missing"),
-        (lambda model, counted: {**model, "counts.safetensors": counted["counts.safetensors"]}, "`longer`, which a"),
+        (
+            lambda model, counted: {**model, "counts.safetensors": counted["counts.safetensors"]},
+            "`bi_and_trigrams`, which a",
+        ),
         (lambda model, counted: _with_table(counted, np.zeros(1000, np.int64)), "shape \\[1000\\], expected"),
         (lambda model, counted: _with_table(counted, np.zeros((4, 4), np.int64)), "shape \\[4, 4\\], expected"),
         (lambda model, counted: _with_table(counted, np.full(1024, -1)), "counts below 0"),
@@ -274,7 +277,7 @@ def test_a_manifest_with_a_wrong_value(tmp_path: Path, files: Files, field: str,
 
 def test_another_tokenizer(tmp_path: Path, files: Files) -> None:
     other = train_tokenizer(["another corpus altogether, " * 9], 280).to_json().encode()
-    with pytest.raises(InvalidArgument, match="it is another tokenizer than the reference was trained with"):
+    with pytest.raises(InvalidArgument, match="it is another tokenizer than the reference was made with"):
         load_reference(put(tmp_path / "r", {**files, "tokenizer.json": other}))
     with pytest.raises(InvalidArgument, match=r"the tokenizer has \d+ tokens, but .* are of 300"):
         load_reference(put(tmp_path / "s", signed({**files, "tokenizer.json": other})))

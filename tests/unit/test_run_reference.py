@@ -12,7 +12,8 @@ import torch
 
 from trainer_client.profile import save_profile
 from trainer_client.reference.config import COUNTED, SMALLEST, ReferenceConfig
-from trainer_client.run.config import RunConfig, parse
+from trainer_client.run import reference as reference_module
+from trainer_client.run.config import RunConfig
 from trainer_client.run.data import BatchOrder, Samples
 from trainer_client.run.methods.models import pool_model
 from trainer_client.run.models import build_model, count_config_parameters, count_parameters
@@ -81,11 +82,12 @@ def test_where_nothing_is_said_it_is_counted(task: Task, tmp_path: Path) -> None
         pool_model(given)
 
 
-@pytest.mark.parametrize(
-    ("method", "size"), [("dwm", COUNTED), ("rho", SMALLEST), ("difference", SMALLEST), ("similarity", COUNTED)]
-)
-def test_methods_that_read_a_model_have_one_trained(method: str, size: str) -> None:
-    assert reference_recipe(parse(["--method", method, "--mode", "select"])).size == size
+def test_of_a_pool_that_is_too_large_to_be_counted_a_model_is_trained(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reference_recipe(task).size == COUNTED
+    monkeypatch.setattr(reference_module, "MOST_TOKENS", task.train.tokens.size - 1)
+    assert reference_recipe(task).size == SMALLEST
 
 
 def test_equal_samples_take_it_from_the_cache_and_others_do_not(

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -243,8 +243,9 @@ def test_snapshots_in_s3(s3: str) -> None:
 
 
 @needs_s3
-def test_references_in_s3(s3: str, tmp_path: Path) -> None:
-    files = models.reference()
+@pytest.mark.parametrize("made", [models.reference, models.counted_reference])
+def test_references_in_s3(s3: str, tmp_path: Path, made: Callable[..., dict[str, bytes]]) -> None:
+    files = made()
 
     async def main() -> None:
         with pytest.raises(InvalidArgument, match="need a cache folder"):
@@ -266,7 +267,7 @@ def test_references_in_s3(s3: str, tmp_path: Path) -> None:
 
         await ours.delete("tenant/ref")
         assert open_storage(s3).sizes() == {}
-        await ours.put("tenant/ref", models.reference(seed=1), exist_ok=False)
+        await ours.put("tenant/ref", made(seed=1), exist_ok=False)
         again = ReferenceStore(f"{s3}/references", models_dir=None, device=CPU, cache=tmp_path / "b")
         await again.start(Metrics())
         changed = again.known("tenant/ref")

@@ -1,1 +1,1 @@
-"""`python -m trainer_client.reference`: trains a small reference model on a pool, for a service to host."""
+"""`python -m trainer_client.reference`: makes a reference of a pool, counted or trained, for a service to host."""

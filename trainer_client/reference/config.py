@@ -16,6 +16,7 @@ from weighting_contract.errors import InvalidArgument
 
 PROGRAM = "python -m trainer_client.reference"
 COUNTED, SMALLEST = "counts", "pico"  # sizes: no model at all, and the smallest one
+_OF_A_MODEL = ("steps", "batch_size", "lr", "warmup_steps", "seed")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class ReferenceConfig:
     def check(self) -> ReferenceConfig:
         """This config. Raises InvalidArgument, naming the flag, where a value is out of range."""
         check_fields(self)
+        given = [name for name in _OF_A_MODEL if getattr(self, name) != getattr(ReferenceConfig, name)]
+        if self.size == COUNTED and given:
+            raise InvalidArgument(
+                f"{flag(given[0])} is for training a model, but --size {COUNTED} trains none: name a size, such as "
+                f"{SMALLEST}, or leave it out"
+            )
         if not 0 < self.lr <= 1:
             raise InvalidArgument(f"--lr is {self.lr}, expected more than 0 and at most 1")
         if not (1 << 10 <= self.ngram_buckets <= 1 << 20 and self.ngram_buckets & (self.ngram_buckets - 1) == 0):

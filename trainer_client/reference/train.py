@@ -26,7 +26,7 @@ from trainer_client.run.models import build_model, count_parameters, no_progress
 from trainer_client.run.optimiser import build_optimizer, learning_rate, optimise
 from trainer_client.run.task import to_tensor
 from trainer_client.run.tokenizer import Tokenizer
-from weighting_contract.counted import CountedModel, count_longer
+from weighting_contract.counted import CountedModel, count_bi_and_trigrams
 from weighting_contract.ngrams import count_ngrams
 from weighting_contract.reference import (
     Counts,
@@ -43,7 +43,7 @@ _REPORT_EVERY = 10
 
 @dataclass(frozen=True)
 class MadeReference:
-    """The files of a trained reference, and what it took."""
+    """The files of a reference, and what it took."""
 
     files: dict[str, bytes]
     parameters: int  # 0: it is counted
@@ -105,7 +105,7 @@ def make_reference(
         trained_on, command: words for people, kept in reference.json.
 
     Raises:
-        InvalidArgument: an unknown size, or fewer samples than a batch.
+        InvalidArgument: an unknown size, fewer samples than a batch of training, or more tokens than can be counted.
     """
     started = time.perf_counter()
     seq_len = samples.tokens.shape[1] - 1
@@ -113,7 +113,7 @@ def make_reference(
     subset = fixed_subset(samples.tokens, _LOSS_SAMPLES)
     model: PreTrainedModel | None = None
     if config.size == COUNTED:
-        counts = replace(counts, longer=count_longer(samples.tokens))
+        counts = replace(counts, bi_and_trigrams=count_bi_and_trigrams(samples.tokens))
         loss = _counted_loss(counts, subset)
     else:
         model = build_model(config.size, tokenizer.vocab_size, seq_len, config.seed)
@@ -165,8 +165,8 @@ def _train(
 
 
 def _counted_loss(counts: Counts, tokens: np.ndarray) -> float:
-    assert counts.longer is not None
-    losses = CountedModel(counts.unigrams, counts.longer).token_losses(to_tensor(tokens, torch.device("cpu")))
+    assert counts.bi_and_trigrams is not None
+    losses = CountedModel(counts.unigrams, counts.bi_and_trigrams).token_losses(to_tensor(tokens, torch.device("cpu")))
     return float(losses.mean())
 
 

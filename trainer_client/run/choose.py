@@ -163,7 +163,7 @@ class Selected:
         metrics = {
             "selected": int(not record.fallback),
             "position": record.position,
-            "staleness": self._taught - record.taught,
+            "staleness": max(0, self._taught - record.taught),  # records of an older cadence know of more
             "trust": record.trust,
         }
         return Choice(kept, drawn, record.probes, record.fallback, record.computed, record.quarters, metrics)

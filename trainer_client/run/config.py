@@ -138,8 +138,8 @@ class RunConfig:
     )
     meta_first: int = setting(
         -1,
-        "first steps, which have a meta-update each (-1: 100 where a fresh weighter chooses, 32 for one taught before, "
-        "none inside the batch)",
+        "first steps, which have a meta-update each (-1: 100 where a fresh weighter chooses, 32 for one taught before; "
+        "inside the batch none, and of a frozen one every tenth of 300)",
         least=-1,
     )
     meta_batch: int = setting(12, "samples of the batch that a meta-update carries")

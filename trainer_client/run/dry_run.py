@@ -174,7 +174,7 @@ def _weighter(job: RunJob) -> Iterator[Line]:
     else:
         yield "service", f"{config.weighter}: {_asked(config, job.start)}"
     if any(variant.selects for variant in config.variants):
-        reference, parameters, recipe = job.reference, _reference_parameters(job), reference_recipe(config)
+        reference, parameters, recipe = job.reference, _reference_parameters(job), reference_recipe(job.task)
         what = f"{parameters:,} parameters" if parameters else "counted"
         if reference is not None:
             how = f"{reference.name}, {'cached or given' if reference.files else 'hosted by the service'}"
@@ -213,7 +213,7 @@ def _known(client: Client, variant: Variant, start: Start | None) -> str:
 def _reference_parameters(job: RunJob) -> int:
     if job.reference is not None:
         return job.reference.parameters
-    recipe = reference_recipe(job.config)
+    recipe = reference_recipe(job.task)
     if recipe.size == COUNTED:
         return 0
     described = llama_config(SIZES[recipe.size], job.task.tokenizer.vocab_size, job.config.seq_len)

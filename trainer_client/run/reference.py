@@ -22,17 +22,17 @@ from trainer_client.reference.train import make_reference
 from trainer_client.run.compute import training_flops
 from trainer_client.run.config import RunConfig
 from trainer_client.run.data import Progress
-from trainer_client.run.methods.names import JUDGED
 from trainer_client.run.models import count_config_parameters
 from trainer_client.run.task import Task
 from trainer_client.run.tokenizer import Tokenizer, default_cache_dir, load_tokenizer
+from weighting_contract.counted import MOST_TOKENS
 from weighting_contract.errors import InvalidArgument, NotFound, WeighbridgeError
 from weighting_contract.reference import check_reference, read_counts, reference_files, write_reference
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-_CACHE_FORMAT = 1  # part of the key: raise it when training changes
+_CACHE_FORMAT = 1  # part of the key: raise it when training or counting changes
 _CONFIG = "config.json"  # a counted reference has none
 _NEEDED = ("counts.safetensors", "tokenizer.json")  # of a reference that the service has
 
@@ -57,7 +57,7 @@ class RunReference:
 
 
 def given_reference(config: RunConfig) -> RunReference | None:
-    """The reference that --reference names; None where it is to be trained. A resumed run goes on with its own copy.
+    """The reference that --reference names; None where it is to be made. A resumed run goes on with its own copy.
 
     Raises:
         InvalidArgument: a damaged folder, no such reference at the service, or one with another tokenizer than
@@ -81,10 +81,9 @@ def given_reference(config: RunConfig) -> RunReference | None:
     return found
 
 
-def reference_recipe(config: RunConfig) -> ReferenceConfig:
-    """Of a reference that is made for a job: counted, but for methods that read and tune a model."""
-    judges = any(v.judged and JUDGED[v.method].reads_reference for v in config.variants)
-    return ReferenceConfig(size=SMALLEST if judges else COUNTED)
+def reference_recipe(task: Task) -> ReferenceConfig:
+    """Of a reference that is made for a job that selects: counted, where the pool is small enough to be counted."""
+    return ReferenceConfig(size=COUNTED if task.train.tokens.size <= MOST_TOKENS else SMALLEST)
 
 
 def made_reference(
@@ -101,7 +100,7 @@ def made_reference(
     Args:
         cache_dir: None: that of tokenizers. A cache that can't be written is a warning, not an error; a damaged entry
             is made anew.
-        recipe: size and training; None: the defaults, which count.
+        recipe: size and training; None: `reference_recipe`.
     """
     settings = _settings(config, task, recipe)
 
@@ -129,7 +128,7 @@ def cached_reference(
 
 
 def _settings(config: RunConfig, task: Task, recipe: ReferenceConfig | None) -> ReferenceConfig:
-    recipe = recipe or ReferenceConfig()
+    recipe = recipe or reference_recipe(task)
     return replace(
         recipe,
         data=config.data,
@@ -226,7 +225,7 @@ def cached_files(folder: Path, what: str) -> dict[str, bytes] | None:
     try:
         return reference_files(folder)
     except InvalidArgument as exc:
-        logger.warning("the cached %s is damaged (%s); it is trained again", what, exc)
+        logger.warning("the cached %s is damaged (%s); it is made again", what, exc)
         return None
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from trainer_client.ranks import Ranks
+from trainer_client.reference.config import SMALLEST, ReferenceConfig
 from trainer_client.run.afterwards import check_extras, finish_job
 from trainer_client.run.choose import AsDrawn, Chooser, MostAlike, Selected
 from trainer_client.run.config import RunConfig
@@ -31,6 +32,7 @@ from trainer_client.run.plot import SourceHistory, plot_sources
 from trainer_client.run.progress import JobProgress, preparing
 from trainer_client.run.recorder import Recorder
 from trainer_client.run.reference import (
+    AUTO,
     RunReference,
     cached_reference,
     given_reference,
@@ -104,8 +106,9 @@ def _begin(config: RunConfig, device: torch.device, console: Console, stack: Exi
     workspace = stack.enter_context(open_workspace(config))
     job.task.tokenizer.save(workspace.tokenizer)
     write_fingerprint(workspace.samples, job.task)
-    if job.reference and job.reference.files:
-        write_reference(workspace.reference, job.reference.files, replace=True)
+    read_by = job.reference or job.judging
+    if read_by and read_by.files:
+        write_reference(workspace.reference, read_by.files, replace=True)
     if job.start:
         job = replace(job, start=replace(job.start, folder=write_export(workspace.weighter_start, job.start.files)))
     return job, workspace
@@ -115,7 +118,7 @@ def _same_job(config: RunConfig, device: torch.device, tokenizer: str) -> RunJob
     """The job on a rank that follows: data and model, by the first one's tokenizer."""
     task = build_task(config, None, Tokenizer.from_json(tokenizer))
     model = build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed)
-    return RunJob(config, task, device, model, None, None, Methods(config, task))
+    return RunJob(config, task, device, model, None, None, None, Methods(config, task))
 
 
 def _checksum(task: Task) -> str:
@@ -133,10 +136,17 @@ class RunJob:
     task: Task
     device: torch.device
     model: PreTrainedModel  # as every run begins
-    reference: RunReference | None  # None: no run selects, or it is not made yet
+    reference: RunReference | None  # of runs that select; None: there are none, or it is not made yet
+    judging: RunReference | None  # of judges that read and tune a model, likewise
     profile: Profile | None
     methods: Methods  # of its judged runs
     start: Start | None = None  # of the main run's weighter, where it is an export
+
+    def reference_of(self, variant: Variant) -> RunReference | None:
+        """What a run of the job reads samples by; None where it needs none."""
+        if variant.selects:
+            return self.reference
+        return self.judging if variant.reads_reference else None
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress, *, make_reference: bool = True) -> RunJob:
@@ -148,26 +158,31 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress, *, make
     Raises:
         InvalidArgument: a mistake in the settings or the data.
     """
-    reference = profile = None
+    given = reference = judging = profile = None
     start = given_start(config)
-    read = any(variant.reads_reference for variant in config.variants) and not config.replay_weights
-    if read:
-        reference = given_reference(config)
-    task = build_task(config, progress, reference.tokenizer if reference else _replayed_tokenizer(config))
+    reading = [variant for variant in config.variants if variant.reads_reference and not config.replay_weights]
+    if reading:
+        given = given_reference(config)
+    task = build_task(config, progress, given.tokenizer if given else _replayed_tokenizer(config))
     _check_samples(config, task)
-    check_tokenizer(start, reference.tokenizer_checksum if reference else task.tokenizer.checksum)
+    check_tokenizer(start, given.tokenizer_checksum if given else task.tokenizer.checksum)
     model = build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed)
-    if read and reference is None:
-        recipe = reference_recipe(config)
+
+    def made(recipe: ReferenceConfig) -> RunReference | None:
         if make_reference:
-            reference = made_reference(config, task, device, progress, recipe=recipe)
-        else:
-            reference = cached_reference(config, task, recipe=recipe)
-    if reference is not None and any(variant.selects for variant in config.variants):
+            return made_reference(config, task, device, progress, recipe=recipe)
+        return cached_reference(config, task, recipe=recipe)
+
+    if any(variant.selects for variant in reading):
+        reference = given or made(reference_recipe(task))
+    if not all(variant.selects for variant in reading):
+        tunable = given is not None and (given.parameters or config.reference != AUTO)
+        judging = given if tunable else made(ReferenceConfig(size=SMALLEST))
+    if reference is not None:
         profile = job_profile(config.profile, task, reference)
         _warn_of(reference, config, count_parameters(model))
-    methods = prepare_methods(config, task, device, reference if make_reference else None, progress)
-    return RunJob(config, task, device, model, reference, profile, methods, start)
+    methods = prepare_methods(config, task, device, judging if make_reference else None, progress)
+    return RunJob(config, task, device, model, reference, judging, profile, methods, start)
 
 
 def _replayed_tokenizer(config: RunConfig) -> Tokenizer | None:
@@ -310,7 +325,8 @@ class _Run:
         history = source_history(loop, choices)
         if self._variant.learned and self._is_main:
             self._plot(history)
-        summary = summarise(self._variant, loop, choices, history, weighter, self._job.reference, losses)
+        reference = self._job.reference_of(self._variant)
+        summary = summarise(self._variant, loop, choices, history, weighter, reference, losses)
         if attached.tracked is not None:
             attached.tracked.summarise(asdict(summary))
         summary.write(self._workspace.run_summary(self._variant.label))

@@ -25,7 +25,7 @@ from trainer_client.run.workspace import Workspace
 from trainer_client.settings import Timeouts
 from trainer_client.transports import is_embedded
 from weighting_contract.columns import COLUMNS
-from weighting_contract.errors import DeadlineExceeded, ResourceExhausted, Unavailable, WeighbridgeError
+from weighting_contract.errors import DeadlineExceeded, NotFound, ResourceExhausted, Unavailable, WeighbridgeError
 from weighting_contract.export import PRETAUGHT
 from weighting_contract.profile import Profile
 from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
@@ -58,11 +58,19 @@ def check_service(config: RunConfig, reference: RunReference | None, start: Star
             for variant in config.variants:
                 for name, begun in weighter_names(variant, start):
                     client.create_weighter(name, **begun)
-            if reference and reference.files:
+            if reference and reference.files and not _hosted(client, reference):
                 client.put_reference(reference.name, reference.files)
         except PASSING:
             if config.on_failure == "raise":
                 raise
+
+
+def _hosted(client: Client, reference: RunReference) -> bool:
+    """Whether the service has it already: its files may be large."""
+    try:
+        return client.get_reference(reference.name).checksum == reference.checksum
+    except NotFound:
+        return False
 
 
 class WeighterSession:

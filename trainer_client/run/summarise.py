@@ -75,7 +75,7 @@ def summarise(
         shares_by_source=shares_by_source(history.weights, history.sources, history.names),
         trust=next((line["trust"] for line in reversed(lines) if "trust" in line and not line["fallback"]), None),
         compute=compute.to_dict(),
-        reference=reference.about() if reference and variant.reads_reference else None,
+        reference=reference.about() if reference else None,
         replayed_from=(config.replay_weights or None) if variant.records_choice or variant.records_weights else None,
         weighter=weighter,
         warnings=loop.task.warnings,

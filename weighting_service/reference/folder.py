@@ -23,7 +23,7 @@ from weighting_contract.counted import CountedModel
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.reference import ReferenceInfo, check_reference, read_counts, reference_files, write_reference
 from weighting_service.reference.causal import CausalModel
-from weighting_service.reference.model import Reference, Tokenize, TokenLosses
+from weighting_service.reference.model import LanguageModel, Reference, Tokenize
 from weighting_service.weighter.encoder import FORBIDDEN_KEYS
 
 __all__ = ["load_reference", "reference_files", "write_reference"]
@@ -53,12 +53,12 @@ def load_reference(
     info = check_reference(files, str(folder))
     tokenize = _tokenizer(files["tokenizer.json"], info, folder)
     counts, name = read_counts(files), name or folder.resolve().name
-    model: TokenLosses
-    if counts.longer is None:
+    model: LanguageModel
+    if counts.bi_and_trigrams is None:
         trained = _model(folder, files["config.json"], info)
         model = CausalModel(trained, name, info.vocab_size, info.seq_len + 1, device)
     else:
-        model = CountedModel(counts.unigrams, counts.longer, device)
+        model = CountedModel(counts.unigrams, counts.bi_and_trigrams, device)
     return Reference(name, info, model, tokenize, counts, device, tokens_per_pack, cached_samples)
 
 

@@ -25,7 +25,7 @@ TOKENS_PER_PACK_CPU = 8192
 TOKENS_PER_PACK_CUDA = 131_072
 
 
-class TokenLosses(Protocol):
+class LanguageModel(Protocol):
     """A small frozen language model, trained or counted."""
 
     def token_losses(self, tokens: Tensor, real: np.ndarray) -> Tensor:
@@ -50,7 +50,7 @@ class Reference:
         self,
         name: str,
         info: ReferenceInfo,
-        model: TokenLosses,
+        model: LanguageModel,
         tokenize: Tokenize,
         counts: Counts,
         device: torch.device | str = "cpu",

@@ -1,6 +1,7 @@
 """The weighter: a state machine that scores batches and moves on by one meta-update at a time.
 
-Its state is a function of the spec and the updates applied, in order; on one kind of hardware, bit for bit. One thread
+Its state is a function of the spec, of what it started from and of the updates applied, in order; on one kind of
+hardware, bit for bit. One thread
 at a time may call `apply`, `publish`, `load_state`, `restore` and the `state_` methods; any thread may call `score`
 meanwhile. Knows no log, no snapshots and no transport.
 """
@@ -241,7 +242,8 @@ class Weighter(Pretrained):
         job = self._jobs.get(update.job_id, JobSignal()).observe(cotangent, agreement, learning.cotangent_memory)
         taught = scaled(cotangent, job.rms(learning.cotangent_memory), learning)
         chosen = update.estimator is Estimator.SCORE_FUNCTION
-        counts = not chosen or self._taught_before or self._statistics.updates_applied >= FIRST_LESSONS
+        known = self._taught_before or self._statistics.updates_applied >= FIRST_LESSONS
+        counts = known or update.trust_only or not chosen  # what teaches nothing is repeated by nothing
         if counts and update.drawn_evenly.sum() >= LEAST_PROBES and np.ptp(given) > 0:
             cost, weight = (COST_OF_CHOICE, float(given.var())) if chosen else (0.0, 1.0)
             job = replace(job, trust=job.trust.add(agreement - cost, weight))

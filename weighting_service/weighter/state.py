@@ -18,7 +18,7 @@ from weighting_service.weighter.trust import TrustSignal
 
 FORMAT = 5  # to be raised, too, where the same updates lead to another state than before
 READABLE = (1, 2, 3, 4, 5)
-ITS_TRUST = (4, 5)  # 1 had none, those of 2 and 3 were counted by other units: a job's starts anew
+WITH_TRUST = (4, 5)  # 1 had none, those of 2 and 3 were in other units: a job's starts anew; that of 4 goes on
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def state_from_json(values: Mapping[str, Any]) -> State:
         return State(
             position=int(values["position"]),
             statistics=LearningStatistics(**values["statistics"]),
-            jobs={name: _job(job, with_trust=values["format"] in ITS_TRUST) for name, job in values["jobs"].items()},
+            jobs={name: _job(job, with_trust=values["format"] in WITH_TRUST) for name, job in values["jobs"].items()},
             agreement=RunningMean(**values["agreement"]),
             optimiser_steps={name: int(steps) for name, steps in values["optimiser_steps"].items()},
         )

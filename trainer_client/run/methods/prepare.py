@@ -48,7 +48,7 @@ def prepare_methods(
     """What the judged runs of a job need besides their trainers.
 
     Args:
-        reference: of the job; None leaves out what is made of it, as nothing is to be trained.
+        reference: that judges read and tune; None leaves out what is made of it, as nothing is to be trained.
 
     Raises:
         InvalidArgument: settings that do not fit the data, or a reference whose parameters are not here.
