@@ -9,7 +9,7 @@ A trigram model with the prior of the next shorter one at each level (a hierarch
     loss        = -log p of each token but a sample's first, given the two before it; one before the second token
 
 What is scored is mostly the pool itself, so one is taken off each count, the occurrence that is being scored: else rare
-pairs would predict themselves. Bi- and trigrams share one hashed table; a count is at most that of its context, and a
+pairs would predict themselves; and distinct samples are counted, or those that a pool repeats would do so. Bi- and trigrams share one hashed table; a count is at most that of its context, and a
 context's is how often it is a label. These formulas go with the files that hold the counts, by checksum: others would
 need another name for the table. Torch and numpy; knows nothing of files or services.
 """
@@ -37,7 +37,7 @@ def count_bi_and_trigrams(samples: np.ndarray) -> np.ndarray:
     that share one look more frequent than they are.
 
     Args:
-        samples: [N, T] token ids, MOST_TOKENS at most; no n-gram spans two rows.
+        samples: [N, T] token ids, distinct ones, MOST_TOKENS at most; no n-gram spans two rows.
 
     Raises:
         InvalidArgument: more tokens, or ids that are no integers of 0 or more.

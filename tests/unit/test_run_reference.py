@@ -24,7 +24,7 @@ from trainer_client.run.tokenizer import train_tokenizer
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.ngrams import count_ngrams
 from weighting_contract.profile import make_profile
-from weighting_contract.reference import FILES, MODEL, check_reference, write_reference
+from weighting_contract.reference import FILES, MODEL, check_reference, read_counts, write_reference
 
 CPU = torch.device("cpu")
 RECIPE = ReferenceConfig(size=SMALLEST, steps=5)
@@ -80,6 +80,21 @@ def test_where_nothing_is_said_it_is_counted(task: Task, tmp_path: Path) -> None
     assert (given.checksum, given.parameters) == (counted.checksum, 0)
     with pytest.raises(InvalidArgument, match=r"is counted, but this job has a method that reads .* a model: name one"):
         pool_model(given)
+
+
+def test_repeated_samples_are_counted_once(task: Task, tmp_path: Path) -> None:
+    order = np.tile(np.arange(len(task.train.tokens)), 3)
+    repeated = dataclasses.replace(task.train, tokens=task.train.tokens[order], source_index=np.zeros(len(order), int))
+    once, thrice = (
+        made_reference(CONFIG, dataclasses.replace(task, train=train), CPU, None, cache_dir=tmp_path).files
+        for train in (task.train, repeated)
+    )
+    assert once is not None
+    assert thrice is not None
+    a, b = read_counts(once), read_counts(thrice)
+    np.testing.assert_array_equal(a.unigrams, b.unigrams)
+    np.testing.assert_array_equal(a.bi_and_trigrams, b.bi_and_trigrams)
+    np.testing.assert_array_equal(3 * a.ngrams, b.ngrams)  # a profile is against the pool as it is drawn from
 
 
 def test_of_a_pool_that_is_too_large_to_be_counted_a_model_is_trained(

@@ -113,7 +113,7 @@ def make_reference(
     subset = fixed_subset(samples.tokens, _LOSS_SAMPLES)
     model: PreTrainedModel | None = None
     if config.size == COUNTED:
-        counts = replace(counts, bi_and_trigrams=count_bi_and_trigrams(samples.tokens))
+        counts = _counted(samples.tokens, counts)
         loss = _counted_loss(counts, subset)
     else:
         model = build_model(config.size, tokenizer.vocab_size, seq_len, config.seed)
@@ -162,6 +162,13 @@ def _train(
         optimise(model, optimizer, learning_rate(recipe, step))
         if progress is not None and ((step + 1) % _REPORT_EVERY == 0 or step + 1 == config.steps):
             progress(step + 1, config.steps, f"training the reference, loss {float(loss.detach()):.3f}")
+
+
+def _counted(tokens: np.ndarray, counts: Counts) -> Counts:
+    """Those of a counted reference: of distinct samples, as what is repeated would predict itself."""
+    distinct = np.unique(tokens, axis=0)
+    unigrams = np.bincount(distinct[:, 1:].ravel(), minlength=len(counts.unigrams))
+    return replace(counts, unigrams=unigrams, bi_and_trigrams=count_bi_and_trigrams(distinct))
 
 
 def _counted_loss(counts: Counts, tokens: np.ndarray) -> float:
