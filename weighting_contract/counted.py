@@ -9,9 +9,10 @@ A trigram model with the prior of the next shorter one at each level (a hierarch
     loss        = -log p of each token but a sample's first, given the two before it; one before the second token
 
 What is scored is mostly the pool itself, so one is taken off each count, the occurrence that is being scored: else rare
-pairs would predict themselves; and distinct samples are counted, or those that a pool repeats would do so. Bi- and trigrams share one hashed table; a count is at most that of its context, and a
-context's is how often it is a label. These formulas go with the files that hold the counts, by checksum: others would
-need another name for the table. Torch and numpy; knows nothing of files or services.
+pairs would predict themselves; and distinct samples are counted, or those that a pool repeats would do so. Bi- and
+trigrams share one hashed table; a count is at most that of its context, and a context's is how often it is a label.
+These formulas go with the files that hold the counts, by checksum: others would need another name for the table.
+Torch and numpy; knows nothing of files or services.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from weighting_contract.reference import MOST_BUCKETS
 from weighting_contract.statistics import unigram_nll_table
 
 PRIOR = 50.0  # occurrences that the next shorter n-gram's probability counts for; by the loss of pools of 1 M tokens
-MIN_BUCKETS = 1 << 10
+MIN_BUCKETS, LARGE_TABLE = 1 << 10, 1 << 22
 MOST_TOKENS = MOST_BUCKETS // 2  # of a pool: of more, too many n-grams would share a bucket
 
 
 def count_bi_and_trigrams(samples: np.ndarray) -> np.ndarray:
     """How often the bi- and trigrams of samples fall into each bucket, [buckets] int64.
 
-    There are twice as many buckets as tokens or more, a power of two: of text, four for each n-gram that occurs. Those
-    that share one look more frequent than they are.
+    There are eight times as many buckets as tokens or more, a power of two, and in a large table, lest it take too
+    much room, twice as many: of text, four for each n-gram that occurs. Those that share one look more frequent than
+    they are.
 
     Args:
         samples: [N, T] token ids, distinct ones, MOST_TOKENS at most; no n-gram spans two rows.
@@ -47,7 +49,8 @@ def count_bi_and_trigrams(samples: np.ndarray) -> np.ndarray:
             f"the pool has {samples.size:,} tokens, of which n-grams can be counted up to {MOST_TOKENS:,}: train a "
             "model in place of it"
         )
-    buckets = max(MIN_BUCKETS, 1 << (2 * samples.size - 1).bit_length())
+    roomy, dense = (1 << (times * samples.size - 1).bit_length() for times in (8, 2))
+    buckets = max(MIN_BUCKETS, min(roomy, max(LARGE_TABLE, dense)))
     counts = np.zeros(buckets, np.int64)
     for ids, inside in rows_joined(samples):
         two, three = ids[:-1][inside], ids[1:][inside]
