@@ -20,7 +20,7 @@ from weighting_contract.errors import InvalidArgument
 
 VERSION = 1
 POINTS = 24  # of a series, each the mean over as many steps as fall on it
-NOISE = 0.02  # nats: what a run differs by from one that is as good (docs/method.md)
+NOISE = 0.03  # nats: what a run may differ by from its own repetition (docs/method.md)
 
 
 @dataclass(frozen=True)
