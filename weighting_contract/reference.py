@@ -35,7 +35,7 @@ from weighting_contract.folder import read_files, sync, write_durably
 from weighting_contract.spec import check_text
 
 FORMAT = 1
-MOST_BUCKETS = 1 << 24  # of bi- and trigrams
+MOST_BUCKETS = 1 << 23  # of bi- and trigrams: 32 MB, as a reference has to fit into a message
 MANIFEST = "reference.json"
 CONTENT = ("config.json", "counts.safetensors", "model.safetensors", "tokenizer.json")  # the checksum's order
 FILES = (*CONTENT, MANIFEST)

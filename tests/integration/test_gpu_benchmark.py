@@ -27,7 +27,8 @@ def test_the_small_form_measures_all_runs_and_a_reference(tmp_path: Path) -> Non
         assert run["overhead"] == pytest.approx(run["step_ms"] / runs["uniform"]["step_ms"] - 1)
         assert (run["steps"], run["fallback_steps"]) == (12 if name in frozen else 24, 0)
     assert len({run["loss_in_uniforms_time"] for name, run in runs.items() if name not in frozen}) == 4
-    assert reference["parameters"] == read(tmp_path / "runs" / "learn" / "summary.json")["reference"]["parameters"]
+    assert read(tmp_path / "runs" / "learn" / "summary.json")["reference"]["parameters"] == 0  # runs count theirs
+    assert reference["parameters"] > 0
     for kind in ("scoring", "plain"):
         per_token = reference[kind] / reference[f"{kind}_tokens"]
         assert per_token == pytest.approx(2 * reference["parameters"] + 2 * 64 * 16)  # attention: one layer of width 16

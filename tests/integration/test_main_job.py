@@ -85,7 +85,8 @@ def test_a_service_that_is_late_and_dies_costs_selections_and_nothing_else(
     service = start_process()
     service.kill()  # its address is known, and nobody is there
     out = tmp_path / "out"
-    process = trainer(flags, service.address.grpc_url, out, "--steps", "100000", "--eval-every", "100000")
+    often = ("--meta-first", "0", "--meta-every", "4")  # lest its first lessons be over before the service is there
+    process = trainer(flags, service.address.grpc_url, out, "--steps", "100000", "--eval-every", "100000", *often)
     metrics = out / "select" / "metrics.jsonl"
 
     def steps(selected: int) -> int:

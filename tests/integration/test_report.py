@@ -20,12 +20,13 @@ from trainer_client.report.__main__ import main as report
 from trainer_client.report.series import window_of
 from trainer_client.run.__main__ import main
 from trainer_client.run.config import load
-from trainer_client.run.methods.models import pool_losses, pool_model
 from trainer_client.run.metrics import read_metrics
 from trainer_client.run.preferences import loss_quarters
 from trainer_client.run.reference import given_reference
 from trainer_client.run.task import Task, build_task
 from trainer_client.run.tokenizer import load_tokenizer
+from weighting_contract.counted import CountedModel
+from weighting_contract.reference import read_counts
 
 pytestmark = pytest.mark.usefixtures("same_threads_after")
 
@@ -114,7 +115,12 @@ def test_times_seen_go_on_where_a_run_is_resumed(by_topic: Path, tmp_path: Path)
 def test_quarters_are_by_the_reference_s_loss_among_the_candidates(finished: Path, task: Task) -> None:
     config = load(finished / "config.json")
     reference = given_reference(dataclasses.replace(config, out=str(finished), resume=True))
-    losses = pool_losses(pool_model(reference), task.train.tokens, torch.device("cpu"))
+    assert reference is not None
+    assert reference.files is not None
+    counts = read_counts(reference.files)
+    assert counts.bi_and_trigrams is not None
+    model = CountedModel(counts.unigrams, counts.bi_and_trigrams)
+    losses = model.token_losses(task.tokens(np.arange(len(task.train)), torch.device("cpu"))).mean(1).numpy()
     same = []
     for record in selected(finished, "both"):
         quarters = loss_quarters(losses[task.candidate_order.indices(record.step)])

@@ -260,7 +260,7 @@ def _breaks(name: str, finished: Path, data: list[str]) -> list[str]:
     """Prepares what is wrong, in the working directory; the flags that name it."""
     if name == "truncated reference":
         shutil.copytree(finished / "reference", "r")
-        Path("r/model.safetensors").write_bytes(Path("r/model.safetensors").read_bytes()[:-9])
+        Path("r/counts.safetensors").write_bytes(Path("r/counts.safetensors").read_bytes()[:-9])
         return ["--reference", "r"]
     if name == "empty folder":
         Path("r").mkdir()
@@ -277,8 +277,8 @@ def _breaks(name: str, finished: Path, data: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        ("truncated reference", "model.safetensors is truncated or damaged"),
-        ("empty folder", "config.json is missing"),
+        ("truncated reference", "counts.safetensors is truncated or damaged"),
+        ("empty folder", "counts.safetensors is missing"),
         ("another tokenizer", "is another tokenizer than that of --reference"),
         ("other documents", "made of other documents than this run's validation set"),
     ],
