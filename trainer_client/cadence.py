@@ -43,3 +43,16 @@ class Cadence:
 CADENCE_INSIDE = Cadence(first=0)  # for weights inside a batch
 CADENCE_INSIDE_FROZEN = Cadence(every=50, first=300, first_every=10)  # for their trust alone
 CADENCE_TAUGHT = Cadence(every=50, first=32)  # for a choice by a weighter that was taught before: its trust, mostly
+
+
+def usual_cadence(*, chooses: bool, frozen: bool, taught_before: bool = False) -> Cadence:
+    """Of a job for which none is given.
+
+    Args:
+        chooses: batches from candidates; else it weighs the samples of a batch.
+        frozen: it only earns its trust.
+        taught_before: so does, mostly, a job whose weighter chooses by what it learned before.
+    """
+    if not chooses:
+        return CADENCE_INSIDE_FROZEN if frozen else CADENCE_INSIDE
+    return CADENCE_TAUGHT if frozen or taught_before else Cadence()

@@ -323,7 +323,7 @@ class ReferenceStore:
     def _offered(self, checksum: str) -> bool:
         return any(known.info.checksum == checksum for known in self._known.values())
 
-    def _contents(self, known: Known, files: Collection[str]) -> dict[str, bytes]:
+    def _contents(self, known: Known, files: Iterable[str]) -> dict[str, bytes]:
         self._bring(known)
         counted = not any((known.folder / file).exists() for file in MODEL)
         return {file: (known.folder / file).read_bytes() for file in files if not (counted and file in MODEL)}

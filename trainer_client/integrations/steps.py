@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer_client.cadence import CADENCE_INSIDE, CADENCE_INSIDE_FROZEN, Cadence
+from trainer_client.cadence import Cadence, usual_cadence
 from trainer_client.client import Client, connect
 from trainer_client.features import FEATURE_NAMES
 from trainer_client.group_job import GroupJob, group_job
@@ -201,7 +201,7 @@ class WeightedSteps:
 
     def due(self, step: int) -> bool:
         """Whether the weighter is taught in this step."""
-        usual = CADENCE_INSIDE_FROZEN if self.weighting.role == "frozen" else CADENCE_INSIDE
+        usual = usual_cadence(chooses=False, frozen=self.weighting.role == "frozen")
         return (self.weighting.cadence or usual).due(step)
 
     @property

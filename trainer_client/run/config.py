@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer_client.cadence import CADENCE_INSIDE, CADENCE_INSIDE_FROZEN, CADENCE_TAUGHT, Cadence
+from trainer_client.cadence import Cadence, usual_cadence
 from trainer_client.flags import add_flags, check_fields, credential_arguments, flag, given_flags, setting
 from trainer_client.run.config_file import read_settings
 from trainer_client.run.methods.names import JUDGED
@@ -262,13 +262,11 @@ class RunConfig:
 
     def cadence(self, variant: Variant) -> Cadence:
         """The steps in which the weighter of a variant is taught, or its trust is earned."""
-        frozen = variant.role == "frozen"
-        if not variant.selects:
-            usual = CADENCE_INSIDE_FROZEN if frozen else CADENCE_INSIDE
-        elif frozen or (not variant.weighs and (variant.pretaught or variant.from_export)):
-            usual = CADENCE_TAUGHT
-        else:
-            usual = Cadence()
+        usual = usual_cadence(
+            chooses=variant.selects,
+            frozen=variant.role == "frozen",
+            taught_before=not variant.weighs and (variant.pretaught or variant.from_export),  # of both, one is fresh
+        )
         if self.meta_first >= 0:
             usual = replace(usual, first=self.meta_first, first_every=1)
         if self.meta_every:

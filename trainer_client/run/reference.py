@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def _cache_folder(task: Task, settings: ReferenceConfig, cache_dir: Path | None)
 def _of_files(files: dict[str, bytes], trained: bool = False) -> RunReference:
     """A reference that is given to the service; `trained`: for jobs like this one, in batches of the default size."""
     info = check_reference(files, "the reference")
-    parameters = count_config_parameters(files[_CONFIG]) if _CONFIG in files else 0
+    parameters = _parameters(files)
     return RunReference(
         name=f"run-{info.checksum[:16]}",
         checksum=info.checksum,
@@ -191,9 +191,13 @@ def _of_service(config: RunConfig) -> RunReference:
         tokenizer_checksum=found.tokenizer_checksum,
         tokenizer=_tokenizer(files["tokenizer.json"], where),
         seq_len=found.seq_len,
-        parameters=count_config_parameters(files[_CONFIG]) if _CONFIG in files else 0,
+        parameters=_parameters(files),
         ngrams=counts.ngrams,
     )
+
+
+def _parameters(files: Mapping[str, bytes]) -> int:
+    return count_config_parameters(files[_CONFIG]) if _CONFIG in files else 0
 
 
 def _tokenizer(content: bytes, where: str) -> Tokenizer:

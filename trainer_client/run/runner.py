@@ -31,14 +31,7 @@ from trainer_client.run.parallel import check_parallel
 from trainer_client.run.plot import SourceHistory, plot_sources
 from trainer_client.run.progress import JobProgress, preparing
 from trainer_client.run.recorder import Recorder
-from trainer_client.run.reference import (
-    AUTO,
-    RunReference,
-    cached_reference,
-    given_reference,
-    made_reference,
-    reference_recipe,
-)
+from trainer_client.run.reference import AUTO, RunReference, cached_reference, given_reference, made_reference
 from trainer_client.run.replay import ReplayedChoice, ReplayedWeights, bring_records, check_replay
 from trainer_client.run.report import RunSummary, job_summary, write_json
 from trainer_client.run.session import WeighterSession, check_service, columns_of
@@ -168,13 +161,13 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress, *, make
     check_tokenizer(start, given.tokenizer_checksum if given else task.tokenizer.checksum)
     model = build_model(config.model, task.tokenizer.vocab_size, config.seq_len, config.seed)
 
-    def made(recipe: ReferenceConfig) -> RunReference | None:
+    def made(recipe: ReferenceConfig | None = None) -> RunReference | None:
         if make_reference:
             return made_reference(config, task, device, progress, recipe=recipe)
         return cached_reference(config, task, recipe=recipe)
 
     if any(variant.selects for variant in reading):
-        reference = given or made(reference_recipe(task))
+        reference = given or made()
     if not all(variant.selects for variant in reading):
         tunable = given is not None and (given.parameters or config.reference != AUTO)
         judging = given if tunable else made(ReferenceConfig(size=SMALLEST))

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from trainer_client.cadence import CADENCE_TAUGHT, Cadence
+from trainer_client.cadence import Cadence, usual_cadence
 from trainer_client.counters import unexpected
 from trainer_client.job import Job
 from trainer_client.select.choice import WARM_UP, Selection, evenly_in_warm_up
@@ -76,7 +76,7 @@ def select(
         seed,
         tokens,
         start_step,
-        cadence or (CADENCE_TAUGHT if job.frozen else Cadence()),
+        cadence or usual_cadence(chooses=True, frozen=job.frozen),
         wear,
         warm_up,
     )

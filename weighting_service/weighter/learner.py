@@ -1,9 +1,8 @@
 """The weighter: a state machine that scores batches and moves on by one meta-update at a time.
 
 Its state is a function of the spec, of what it started from and of the updates applied, in order; on one kind of
-hardware, bit for bit. One thread
-at a time may call `apply`, `publish`, `load_state`, `restore` and the `state_` methods; any thread may call `score`
-meanwhile. Knows no log, no snapshots and no transport.
+hardware, bit for bit. One thread at a time may call `apply`, `publish`, `load_state`, `restore` and the `state_`
+methods; any thread may call `score` meanwhile. Knows no log, no snapshots and no transport.
 """
 
 from __future__ import annotations
