@@ -124,7 +124,9 @@ class Training:
     def train(self, tokens: torch.Tensor) -> None:
         losses = self.losses(tokens)
         self.optimizer.zero_grad(set_to_none=True)
-        per_sample_loss(losses).mean().backward()
+        loss = per_sample_loss(losses).mean()
+        self.ask(tokens, losses.detach())
+        loss.backward()  # type: ignore[no-untyped-call]
         self.teach(tokens, losses.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -132,6 +134,9 @@ class Training:
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, T] token losses, with a graph."""
         return token_losses(self.model, tokens)
+
+    def ask(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
+        """Right before the backward pass, which leaves the interpreter to others."""
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         pass
@@ -162,10 +167,11 @@ class Weighting(Training):
         self.profile = profile_table(log_ratios(target, pool))
 
     def losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        with late_weights(self.model.lm_head, lambda: pending.result().weights):
-            losses = super().losses(tokens)
-        pending = self.job.score_soon(lambda: self.features(tokens, losses), self.step)
-        return losses
+        with late_weights(self.model.lm_head, lambda: self.pending.result().weights):
+            return super().losses(tokens)
+
+    def ask(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
+        self.pending = self.job.score_soon(lambda: self.features(tokens, losses), self.step)
 
     def teach(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         if self.step % self.every == 0:
@@ -174,7 +180,7 @@ class Weighting(Training):
 
     def features(self, tokens: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
         unigram_nll = self.unigram_nll[tokens[:, 1:]]
-        return batch_features(losses.detach(), unigram_nll, names=COLUMNS, tokens=tokens, profile=self.profile)
+        return batch_features(losses, unigram_nll, names=COLUMNS, tokens=tokens, profile=self.profile)
 
 
 class Selecting(Training):
@@ -194,8 +200,10 @@ class Selecting(Training):
         for step in range(AHEAD):
             self.submit(step)
 
-    def batch(self) -> torch.Tensor:
+    def ask(self, tokens: torch.Tensor, losses: torch.Tensor) -> None:
         self.submit(self.step + AHEAD)
+
+    def batch(self) -> torch.Tensor:
         self.selection = self.selector.result(self.step)
         return self.drawn.pop(self.step)[torch.from_numpy(self.selection.kept)]
 

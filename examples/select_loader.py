@@ -113,11 +113,12 @@ def train(url: str, steps: int) -> Counter[str]:
                 ids = batch["input_ids"]
                 loss = sample_losses(model, ids).mean()
                 optimizer.zero_grad()
+                batches.look_ahead()  # (4) or leave it out: the next batch's taking does it, while the model computes
                 loss.backward()
                 if batches.due:
                     towards = judges[torch.randint(len(judges), (BATCH,))]
                     taught = cotangent(model, sample_losses, ids[:TAUGHT], towards, learning_rate=LEARNING_RATE)
-                    batches.teach(taught)  # (4)
+                    batches.teach(taught)  # (5)
                 optimizer.step()
                 kept.update(batch["source"])
                 if step % 10 == 0:

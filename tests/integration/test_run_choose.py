@@ -57,6 +57,7 @@ def test_a_step_without_an_answer_teaches_nothing_when_it_is_trained_again_eithe
             chooser, steps = Selected(job, recorder, config, task, Cadence()), []
             for step in range(6):
                 choice = chooser.choose(step)
+                chooser.look_ahead(step)
                 nothing = torch.zeros(0)
                 taught = MetaBatch(
                     "", step, False, nothing, nothing, np.zeros(2, np.bool_), torch.from_numpy(COTANGENT)
@@ -97,6 +98,7 @@ def test_what_lies_in_the_pool_many_times_is_trained_on_less(server: ScriptedSer
             kept = []
             for step in range(steps):
                 kept.append(chooser.choose(step).indices)
+                chooser.look_ahead(step)
         times[wear] = int((np.concatenate(kept) >= 40).sum())
     assert times[0] > steps * 4 * 10 / 50
     assert times[RunConfig.wear] < 0.6 * times[0]

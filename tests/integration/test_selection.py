@@ -330,6 +330,56 @@ def test_reads_ahead_as_far_as_asked(server: ScriptedServer, ahead: int) -> None
     assert positions == [max(0, step - ahead) for step in range(8)]
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_looking_ahead_before_the_backward_pass_changes_when_but_not_what(server: ScriptedServer, ahead: int) -> None:
+    def run(weighter: str, looks: bool) -> list[Any]:
+        read: list[int] = []
+
+        def loader() -> Iterator[Any]:
+            for index, batch in enumerate(loader_of(64)):
+                read.append(index)
+                yield batch
+
+        client, job = open_job(server, weighter=weighter)
+        given = []
+        with client, job:
+            batches = select(loader(), job, candidates=2, ahead=ahead, warm_up=3)
+            for step, batch in enumerate(batches):
+                given.append((batch.tolist(), batches.current.position if batches.current else None))
+                if looks and step != 4:  # one that was left out is made up for with the next batch
+                    assert len(read) == min(16, 2 * (step + 1 + ahead - (step > 0 and ahead > 0)))
+                    batches.look_ahead()
+                    batches.look_ahead()
+                    assert len(read) == min(16, 2 * (step + 1 + ahead))
+                batches.teach(COTANGENT)
+            batches.look_ahead()
+            assert batches.state_dict()["step"] == len(given) == 8
+        return given
+
+    assert [batch for batch, _ in run("looks", True)] == [batch for batch, _ in run("takes", False)]
+
+
+def test_an_epoch_that_is_left_early_is_not_looked_ahead_in(server: ScriptedServer) -> None:
+    client, job = open_job(server)
+    with client, job:
+        loader = Positioned(64)
+        batches = select(loader, job, candidates=2, ahead=2)
+        batches.look_ahead()
+        assert loader.state["next"] == 0, "there is no batch yet to look ahead from"
+        first = iter(batches)
+        next(first)
+        batches.look_ahead()
+        second = iter(batches)  # while the first one is still there
+        next(second)
+        first.close()  # type: ignore[attr-defined]
+        batches.look_ahead()
+        assert [batches.current.step for _ in second if batches.current is not None][:2] == [2, 3]
+        read = loader.state["next"]
+        batches.look_ahead()
+        assert loader.state["next"] == read
+    assert job.counters.unselected == 0
+
+
 def test_probes_come_in_the_steps_that_are_taught(server: ScriptedServer) -> None:
     client, job = open_job(server)
     settings: dict[str, Any] = {"candidates": 2, "probes": 2, "cadence": Cadence(every=3, first=2)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -52,6 +52,18 @@ class Chooser(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A chooser that asks somebody, which takes a while."""
+
+    def look_ahead(self, step: int) -> None:
+        """Sends for what later steps choose from; returns at once.
+
+        To be called between `choose` for a step and its backward pass: until that ends, the thread that sends and reads
+        answers has the interpreter to itself.
+        """
 
 
 class AsDrawn:
@@ -153,7 +165,7 @@ class Selected:
 
     def choose(self, step: int) -> Choice:
         self._next = max(self._next, step)
-        self._submit_to(step + self._ahead)
+        self._submit_to(step + max(self._ahead - 1, 0))  # the last one by `look_ahead`
         record = self._on_record(step)
         for trained in [s for s in self._selections if s < step]:
             del self._selections[trained]
@@ -167,6 +179,9 @@ class Selected:
             "trust": record.trust,
         }
         return Choice(kept, drawn, record.probes, record.fallback, record.computed, record.quarters, metrics)
+
+    def look_ahead(self, step: int) -> None:
+        self._submit_to(step + self._ahead)
 
     def learn(self, batch: MetaBatch) -> bool:
         """Teaches with the first samples of the step's batch; whether there was something to teach."""

@@ -25,7 +25,7 @@ from trainer_client.late_weights import late_weights
 from trainer_client.loss import per_sample_loss, weighted_loss
 from trainer_client.ranks import Ranks, share
 from trainer_client.run import checkpoint
-from trainer_client.run.choose import Choice, Chooser
+from trainer_client.run.choose import Choice, Chooser, LooksAhead
 from trainer_client.run.config import RunConfig
 from trainer_client.run.evaluate import fixed_subset, mean_loss
 from trainer_client.run.metrics import Metrics, Sink
@@ -235,7 +235,9 @@ class Loop:
         return self.ranks.my_rows(len(choice.indices))
 
     def _ask(self, choice: Choice, losses: torch.Tensor | None) -> Callable[[], Weights]:
-        """Asks for the weights of the whole batch; what it returns gives them as the first rank's weigher has them.
+        """Asks for the weights of the whole batch, and for later steps' choices: on their way in the backward pass.
+
+        What it returns gives the weights as the first rank's weigher has them.
 
         losses: [b, T] of this rank's rows; None where they are not read.
         """
@@ -248,6 +250,8 @@ class Loop:
         def ask() -> None:
             if isinstance(self.weigher, Asks):
                 self.weigher.ask(self.step, *read())
+            if isinstance(self.chooser, LooksAhead):
+                self.chooser.look_ahead(self.step)
 
         self.ranks.from_first(ask)
         return lambda: Weights(**self.ranks.from_first(lambda: vars(self.weigher.weigh(self.step, *read()))))
@@ -291,10 +295,11 @@ class Loop:
         known = losses.detach()
         # Looked at before the backward pass only where it has to wait for them anyway: a GPU goes on meanwhile.
         samples = self._samples(known) if self._reads_losses else None
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = per_sample_loss(losses).mean() * self._factor(tokens, choice)
         with self.totals.timed("score_seconds"):
             answer = self._ask(choice, known)
-        self.optimizer.zero_grad(set_to_none=True)
-        (per_sample_loss(losses).mean() * self._factor(tokens, choice)).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         return known, self._samples(known) if samples is None else samples, said[0]
 
     def _backward_of_several(self, choice: Choice, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Weights]:

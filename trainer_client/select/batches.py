@@ -132,6 +132,9 @@ class SelectedBatches:
         self._seen = TimesSeen(ahead, wear)
         self._selector: Selector | None = None  # made once the first batch has shown its size
         self._submitted = False
+        self._in_backward = False  # whether the caller has `look_ahead` send the last of the steps ahead
+        self._groups: Iterator[list[Any]] = iter(())  # of candidates, of this epoch
+        self._waiting: deque[_Group] = deque()  # being scored, the step that comes next first
         self._step = start_step  # of the next batch
         self._batch_size: int | None = None  # B: of the very first batch, as the first after a resume may be short
         self._given = False  # whether the state below is that of the last batch given, or was loaded
@@ -139,18 +142,30 @@ class SelectedBatches:
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of an epoch. Raises InvalidArgument where the loader's batches do not fit together."""
-        groups = self._groups(iter(self._loader))
-        waiting: deque[_Group] = deque()
+        self._forget_waiting()
+        self._groups = groups = self._grouped(iter(self._loader))
         try:
             while True:
-                while len(waiting) <= self._ahead and (batches := next(groups, None)):
-                    waiting.append(self._submit(self._step + len(waiting), batches))
-                if not waiting:
+                self._submit_to(self._ahead if self._in_backward and self._ahead else self._ahead + 1)
+                if not self._waiting:
                     return
-                yield self._take(waiting.popleft())
+                yield self._take(self._waiting.popleft())
         finally:
-            for step in range(self._step, self._step + len(waiting)):  # a loop that was left early
-                self._made_selector().forget(step)
+            if self._groups is groups:  # else the next epoch has begun
+                self._forget_waiting()
+
+    def look_ahead(self) -> None:
+        """Sends the candidates of a later step now instead of when the next batch is taken; returns at once.
+
+        For right before the backward pass: while that runs, the thread that sends them and reads the answer has the
+        interpreter to itself; else it shares it with the forward pass, which then takes longer. The batches are the
+        same. Nothing happens with `ahead=0`.
+
+        Raises:
+            InvalidArgument: as iterating.
+        """
+        self._in_backward = True
+        self._submit_to(self._ahead)
 
     @property
     def due(self) -> bool:
@@ -213,7 +228,19 @@ class SelectedBatches:
 
     # ---- Inside -----------------------------------------------------------------------------------------------------
 
-    def _groups(self, source: Iterator[Any]) -> Iterator[list[Any]]:
+    def _forget_waiting(self) -> None:
+        """After a loop that was left early."""
+        for step in range(self._step, self._step + len(self._waiting)):
+            self._made_selector().forget(step)
+        self._groups = iter(())
+        self._waiting.clear()
+
+    def _submit_to(self, waiting: int) -> None:
+        """Has so many steps wait, as far as there are candidates for them."""
+        while len(self._waiting) < waiting and (batches := next(self._groups, None)):
+            self._waiting.append(self._submit(self._step + len(self._waiting), batches))
+
+    def _grouped(self, source: Iterator[Any]) -> Iterator[list[Any]]:
         while batches := list(islice(source, self._candidates)):
             yield batches
             if len(batches) < self._candidates:
