@@ -1,7 +1,7 @@
 """`python -m benchmarks`: what has a goal of speed, one after the other, each in a process of its own.
 
-Beside them stand what takes longer: `select`, `learning` and `learning.sharing` (training), `pretaught` (makes the
-packaged weighter) and `soak` (kills); and `gpu`, which wants a GPU.
+Beside them stand what takes longer: `learning` and `learning.sharing` (training), `pretaught` (makes the packaged
+weighter) and `soak` (kills); and `gpu`, which wants a GPU.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
 
 The service is a process of its own with one CPU thread, and scores by a reference of the demo's recipe; the training
 has a thread, too. Every kind of training goes on in turns, in blocks of steps, so that whatever else the machine does
-meets all alike; a figure is the median over rounds of a block's time over that of the block without a weighter beside
-it. `learn` teaches at the cadence of a fresh weighter, `frozen` sends what a job's trust is earned by, as often as
-`run` does once the first steps are over, with the samples that the demo takes.
+meets all alike, and with one model, as where its parameters lie in memory makes up to a hundredth. A figure is the
+median over rounds of a block's time over that of the block without a weighter beside it. `learn` teaches at the cadence
+of a fresh weighter, `frozen` sends what a job's trust is earned by, as often as `run` does once the first steps are
+over, with the samples that the demo takes.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ def main() -> int:
         try:
             url, limits = f"grpc://127.0.0.1:{port}", Limits(breaker_period_s=0.5, breaker_max_period_s=0.5)
             with connect(url, timeouts=PATIENT, limits=limits, on_failure="raise") as client:
-                trainings: dict[str, Training] = {"no weighter": Training(given.size)}
+                trained = Trained(given.size)
+                trainings: dict[str, Training] = {"no weighter": Training(trained)}
                 for kind, training in (("weight", Weighting), ("select", Selecting)):
-                    trainings |= {f"{kind}, {role}": training(given.size, client, role) for role in GOALS}
+                    trainings |= {f"{kind}, {role}": training(trained, client, role) for role in GOALS}
                 seconds = measure({name: each.block for name, each in trainings.items()}, given.rounds)
         finally:
             service.terminate()
@@ -104,12 +106,19 @@ def report(seconds: dict[str, list[float]], size: str) -> int:
     return int(missed)
 
 
-class Training:
-    """Steps without a weighter."""
+class Trained:
+    """A model and its optimiser."""
 
     def __init__(self, size: str) -> None:
         self.model = build_model(size, VOCABULARY, TOKENS, seed=0).eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+
+
+class Training:
+    """Steps without a weighter."""
+
+    def __init__(self, trained: Trained) -> None:
+        self.model, self.optimizer = trained.model, trained.optimizer
         self.step = 0
 
     def block(self) -> None:
@@ -157,8 +166,8 @@ class Training:
 class Weighting(Training):
     """The samples of each batch are weighted by statistics of their losses and against the target, as `run` does."""
 
-    def __init__(self, size: str, client: Client, role: Any) -> None:
-        super().__init__(size)
+    def __init__(self, trained: Trained, client: Client, role: Any) -> None:
+        super().__init__(trained)
         spec = {"features": {"names": list(COLUMNS)}}
         self.job = opened(client, weighter=f"weight-{role}", role=role, spec=spec)
         self.every = EVERY[role]
@@ -186,8 +195,8 @@ class Weighting(Training):
 class Selecting(Training):
     """Each batch is chosen from candidates that were scored ahead."""
 
-    def __init__(self, size: str, client: Client, role: Any) -> None:
-        super().__init__(size)
+    def __init__(self, trained: Trained, client: Client, role: Any) -> None:
+        super().__init__(trained)
         self.every = EVERY[role]
         self.new = 10**5 * (1 + list(EVERY).index(role))  # candidates of its own, as those of others are known
         documents = list(samples(10**6, 64).numpy())

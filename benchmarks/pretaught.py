@@ -122,7 +122,7 @@ def main() -> int:
         weighter = teach(tasks, reference, progress)
     write_reference(given.out / "reference", reference, replace=True)
     write_export(given.out / "weighter", weighter)
-    print(f"{given.out} holds the weighter and its reference; now: python -m benchmarks.select --check")
+    print(f"{given.out} holds the weighter and its reference; now: make learning")
     return 0
 
 

@@ -30,8 +30,9 @@ def late_weights(head: nn.Module, weights: Callable[[], Tensor]) -> Iterator[Non
         with late_weights(model.lm_head, lambda: pending.result().weights):
             logits = model(ids[:, :-1]).logits
         losses, mask = causal_token_losses(logits, ids)
+        loss = per_sample_loss(losses, mask).mean()  # without weights
         pending = job.score_soon(batch_features(losses.detach(), ...), step)
-        per_sample_loss(losses, mask).mean().backward()  # the mean without weights
+        loss.backward()
 
     the parameters have the gradient of `weighted_loss(per_sample_loss(losses, mask), weights)`.
 
