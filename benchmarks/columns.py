@@ -1,10 +1,10 @@
-"""What the columns of a sample can tell of its source: how pure a choice they allow, whatever a weighter learns.
+"""What the columns of a sample tell of its source: how pure a choice they allow, whatever a weighter learns.
 
     python -m benchmarks.columns [--texts DIR] [--corpora builtin books wiki]
 
 For each corpus, of groups of 160 candidates the best fifth by each column alone (by high or low values, whichever is
-better), and by a logistic regression on all of them that is fitted to the very labels, on other samples: shares of the
-target, which is what no choice by these columns can go far beyond. One more is tried that weighters don't have, the
+better), and by a logistic regression on all of them and their squares that is fitted to the very labels, on other
+samples: shares of the target. One more is tried that weighters don't have, the
 target's likelihood by n-grams: `difference` (Moore and Lewis 2010), counted as counted references are.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.learning.corpora import data_flags
+from benchmarks.learning.corpora import BUILTIN, NEED_TEXTS, data_flags
 from benchmarks.machine import describe
 from trainer_client.run.config import parse
 from trainer_client.run.task import Task, build_task
@@ -34,7 +34,7 @@ PRIORS = (5.0, 20.0, PRIOR)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, help="folder of books, wiki and web texts")
-    parser.add_argument("--corpora", nargs="+", default=["builtin"], help="default: builtin; others: books, wiki")
+    parser.add_argument("--corpora", nargs="+", default=[BUILTIN], choices=(BUILTIN, *NEED_TEXTS))
     parser.add_argument("--folder", type=Path, default=Path("runs/learning/corpora"), help="where corpora are written")
     given = parser.parse_args()
     print(describe())

@@ -113,7 +113,7 @@ def train(url: str, steps: int) -> Counter[str]:
                 ids = batch["input_ids"]
                 loss = sample_losses(model, ids).mean()
                 optimizer.zero_grad()
-                batches.look_ahead()  # (4) or leave it out: the next batch's taking does it, while the model computes
+                batches.look_ahead()  # (4) or leave it out: then candidates are sent for as a batch is taken
                 loss.backward()
                 if batches.due:
                     towards = judges[torch.randint(len(judges), (BATCH,))]

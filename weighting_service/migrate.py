@@ -34,7 +34,8 @@ again: weighters that are there already, whole and equal, are passed over. A tar
 their names, is refused before anything is copied. The source keeps what it has (a SQLite file of an older version is
 brought to this version's schema).
 
-Snapshots and uploaded references are not in the log: copy them to where --snapshots will point."""
+Snapshots and uploaded references are not in the log: copy the folders snapshots and references
+into the place that --snapshots will name."""
 
 
 def main(arguments: list[str]) -> int:
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
     except WeighbridgeError as exc:
         print(f"weighting_service migrate: {exc.message}", file=sys.stderr)
         return 1
-    print("done: copy the snapshots and uploaded references too, to where --snapshots will point")
+    print("done: now copy its folders snapshots and references into the place that --snapshots will name")
     return 0
 
 

@@ -77,7 +77,9 @@ class Settings(BaseSettings):
     min_free_disk_mb: int = Field(256, ge=0, description="free space below which updates are refused, MiB")
     job_idle_s: float = Field(900.0, gt=0, description="seconds without a call after which a job is closed")
     tokens: Path | None = Field(
-        None, description="TOML file of hashed tokens (python -m weighting_service token); none: no authentication"
+        None,
+        description="TOML file of hashed tokens (python -m weighting_service token); without it and without "
+        "WEIGHBRIDGE_TOKENS_TOML: no authentication",
     )
     insecure: bool = Field(False, description="listen beyond this machine without tokens")
     tls_cert: Path | None = Field(None, description="PEM file of the certificate chain, for TLS on both ports")

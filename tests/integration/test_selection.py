@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -330,9 +330,16 @@ def test_reads_ahead_as_far_as_asked(server: ScriptedServer, ahead: int) -> None
     assert positions == [max(0, step - ahead) for step in range(8)]
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_looking_ahead_before_the_backward_pass_changes_when_but_not_what(server: ScriptedServer, ahead: int) -> None:
-    def run(weighter: str, looks: bool) -> list[Any]:
+@pytest.mark.parametrize("ahead", [0, 1, 2, 3])
+def test_looking_ahead_changes_when_candidates_are_sent_for_but_not_what_is_chosen(
+    server: ScriptedServer, ahead: int
+) -> None:
+    log = server.service.log
+    server.service.answer_score = lambda weights: np.roll(weights, len(log))  # it has learned something else
+
+    def run(looks: Callable[[int], bool], late: bool = False) -> list[Any]:
+        """What came, and by which position; `late`: it looks ahead after the step's meta-update."""
+        log.clear()
         read: list[int] = []
 
         def loader() -> Iterator[Any]:
@@ -340,23 +347,34 @@ def test_looking_ahead_before_the_backward_pass_changes_when_but_not_what(server
                 read.append(index)
                 yield batch
 
-        client, job = open_job(server, weighter=weighter)
-        given = []
+        client, job = open_job(server)
+        given, looked = [], False
         with client, job:
             batches = select(loader(), job, candidates=2, ahead=ahead, warm_up=3)
             for step, batch in enumerate(batches):
-                given.append((batch.tolist(), batches.current.position if batches.current else None))
-                if looks and step != 4:  # one that was left out is made up for with the next batch
-                    assert len(read) == min(16, 2 * (step + 1 + ahead - (step > 0 and ahead > 0)))
+                assert batches.current is not None
+                given.append((batch.tolist(), batches.current.position))
+                whole = 2 * (step + 1 + ahead)
+                assert len(read) == min(16, whole - 2 * (looked and ahead > 1))
+                looked = looks(step)
+                if looked and not late:
                     batches.look_ahead()
                     batches.look_ahead()
-                    assert len(read) == min(16, 2 * (step + 1 + ahead))
+                    assert len(read) == min(16, whole)
                 batches.teach(COTANGENT)
+                assert len(read) == min(16, whole)
+                if looked and late:
+                    batches.look_ahead()
             batches.look_ahead()
             assert batches.state_dict()["step"] == len(given) == 8
         return given
 
-    assert [batch for batch, _ in run("looks", True)] == [batch for batch, _ in run("takes", False)]
+    plain = run(lambda step: False)
+    assert [position for _, position in plain] == [max(0, step - ahead) for step in range(8)]
+    assert run(lambda step: True) == plain
+    assert run(lambda step: True, late=True) == plain
+    assert run(lambda step: step == 0) == plain
+    assert run(lambda step: step != 4) == plain
 
 
 def test_an_epoch_that_is_left_early_is_not_looked_ahead_in(server: ScriptedServer) -> None:

@@ -82,6 +82,26 @@ def test_a_state_goes_on_where_it_was() -> None:
     assert other.state_dict() == one.state_dict()
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 2, 5])
+def test_a_state_says_no_more_to_the_steps_that_come_than_they_had_been_told(ahead: int) -> None:
+    rng = np.random.default_rng(4)
+    contents = rng.integers(0, 40, (60, 16)).astype(np.uint64)
+    whole, worn_at, states = TimesSeen(ahead), {}, {}
+    for step in range(50):
+        for later in range(len(worn_at), step + ahead + 1):  # as they are submitted
+            worn_at[later] = whole.wear(later, contents[later]), whole.counts(later, contents[later])
+        whole.trained(step, contents[step][:8])
+        states[step] = whole.state_dict()
+    for last in (0, 3, 11, 30):
+        resumed = TimesSeen(ahead)
+        resumed.load_state_dict(states[last])
+        assert resumed.state_dict() == states[last]
+        for step in range(last + 1, 50):
+            np.testing.assert_array_equal(resumed.counts(step, contents[step]), worn_at[step][1])
+            np.testing.assert_array_equal(resumed.wear(step, contents[step]), worn_at[step][0])
+            resumed.trained(step, contents[step][:8])
+
+
 @pytest.mark.parametrize("state", [None, {}, "no base64", "AAAA", 3])
 def test_what_is_no_state_is_refused_and_changes_nothing(state: object) -> None:
     seen, keys = TimesSeen(ahead=0), np.arange(5, dtype=np.uint64)

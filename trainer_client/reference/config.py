@@ -32,8 +32,8 @@ class ReferenceConfig:
     overwrite: bool = setting(False, "replace a reference that is already in --out")
     size: str = setting(
         COUNTED,
-        "counts: how often n-grams occur in the pool, nothing is trained; or a model: size preset, or the name or "
-        "folder of a transformers causal LM, about a tenth of yours or less",
+        "counts: how often n-grams occur in the pool, of up to 4 M tokens, nothing is trained; or a model: size "
+        "preset, or the name or folder of a transformers causal LM, about a tenth of yours or less",
     )
     steps: int = setting(300, "optimiser steps of a model; 0 takes a folder's as it is", least=0)
     tokenizer: str = setting("", "folder or tokenizer.json of a tokenizer (default: train a byte-pair one on the pool)")

@@ -61,8 +61,8 @@ class LooksAhead(Protocol):
     def look_ahead(self, step: int) -> None:
         """Sends for what later steps choose from; returns at once.
 
-        To be called between `choose` for a step and its backward pass: until that ends, the thread that sends and reads
-        answers has the interpreter to itself.
+        Called within a step, best in its backward pass: while that runs, the thread that sends and reads answers has
+        the interpreter to itself.
         """
 
 
@@ -165,7 +165,7 @@ class Selected:
 
     def choose(self, step: int) -> Choice:
         self._next = max(self._next, step)
-        self._submit_to(step + max(self._ahead - 1, 0))  # the last one by `look_ahead`
+        self._submit_to(step + self._ahead - (self._ahead > 1))  # then the last one by `look_ahead`
         record = self._on_record(step)
         for trained in [s for s in self._selections if s < step]:
             del self._selections[trained]
@@ -185,6 +185,7 @@ class Selected:
 
     def learn(self, batch: MetaBatch) -> bool:
         """Teaches with the first samples of the step's batch; whether there was something to teach."""
+        self._submit_to(batch.step + self._ahead)
         for step in range(batch.step + 1, self._next):
             self._on_record(step)
         if self._on_record(batch.step).fallback:

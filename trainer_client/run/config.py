@@ -93,7 +93,9 @@ class RunConfig:
     weighter_from: str = setting(
         "pretaught", "what the weighter starts from: pretaught, none (fresh), or the folder of an exported weighter"
     )
-    role: str = setting("learn", "learn: it is taught by this run; frozen: it only scores", ROLES)
+    role: str = setting(
+        "learn", "learn: it is taught by this run; frozen: it scores, and is sent what its trust is earned by", ROLES
+    )
     candidates: int = setting(5, "selection: candidates a place in the batch", least=1)
     probes: int = setting(
         4,
@@ -134,12 +136,15 @@ class RunConfig:
     )
     hypergradient: str = setting("finite_difference", "how the cotangent is computed", HYPERGRADIENTS)
     meta_every: int = setting(
-        0, "steps between meta-updates (0: 10, or 50 for a frozen weighter and a choice by one taught before)", least=0
+        0,
+        "steps between meta-updates (0: 10, or 50 for a frozen weighter and, with --mode select, one taught before)",
+        least=0,
     )
     meta_first: int = setting(
         -1,
-        "first steps, which have a meta-update each (-1: 100 where a fresh weighter chooses, 32 for one taught before; "
-        "inside the batch none, and of a frozen one every tenth of 300)",
+        "first steps, which have a meta-update each (-1: 100 where a fresh weighter chooses, and with --mode both; 32 "
+        "where one chooses that is frozen or was taught before; inside the batch none, of a frozen one every tenth of "
+        "300)",
         least=-1,
     )
     meta_batch: int = setting(12, "samples of the batch that a meta-update carries")

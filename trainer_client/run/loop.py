@@ -235,9 +235,9 @@ class Loop:
         return self.ranks.my_rows(len(choice.indices))
 
     def _ask(self, choice: Choice, losses: torch.Tensor | None) -> Callable[[], Weights]:
-        """Asks for the weights of the whole batch, and for later steps' choices: on their way in the backward pass.
+        """Asks for the weights of the whole batch; what it returns gives them as the first rank's weigher has them.
 
-        What it returns gives the weights as the first rank's weigher has them.
+        Once they are there, later steps' choices are sent for: those may take their time.
 
         losses: [b, T] of this rank's rows; None where they are not read.
         """
@@ -250,11 +250,15 @@ class Loop:
         def ask() -> None:
             if isinstance(self.weigher, Asks):
                 self.weigher.ask(self.step, *read())
+
+        def weigh() -> dict[str, Any]:
+            said = vars(self.weigher.weigh(self.step, *read()))
             if isinstance(self.chooser, LooksAhead):
                 self.chooser.look_ahead(self.step)
+            return said
 
         self.ranks.from_first(ask)
-        return lambda: Weights(**self.ranks.from_first(lambda: vars(self.weigher.weigh(self.step, *read()))))
+        return lambda: Weights(**self.ranks.from_first(weigh))
 
     def _gathered_if_read(self, losses: torch.Tensor) -> torch.Tensor | None:
         """[B, T] on the first rank, if the weights depend on it."""

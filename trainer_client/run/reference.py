@@ -241,5 +241,5 @@ def cached_or_trained(folder: Path, what: str, train: Callable[[], dict[str, byt
         try:
             write_reference(folder, files, replace=True)
         except (OSError, WeighbridgeError) as exc:
-            logger.warning("the %s could not be cached in %s (%s); the next run trains it again", what, folder, exc)
+            logger.warning("the %s could not be cached in %s (%s); the next run makes it again", what, folder, exc)
     return files

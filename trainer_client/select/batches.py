@@ -132,7 +132,7 @@ class SelectedBatches:
         self._seen = TimesSeen(ahead, wear)
         self._selector: Selector | None = None  # made once the first batch has shown its size
         self._submitted = False
-        self._in_backward = False  # whether the caller has `look_ahead` send the last of the steps ahead
+        self._looked_ahead = False  # in the present step, so the next one may be expected to do so, too
         self._groups: Iterator[list[Any]] = iter(())  # of candidates, of this epoch
         self._waiting: deque[_Group] = deque()  # being scored, the step that comes next first
         self._step = start_step  # of the next batch
@@ -146,7 +146,9 @@ class SelectedBatches:
         self._groups = groups = self._grouped(iter(self._loader))
         try:
             while True:
-                self._submit_to(self._ahead if self._in_backward and self._ahead else self._ahead + 1)
+                later = self._looked_ahead and self._ahead > 1  # the last one by `look_ahead`, before the backward pass
+                self._looked_ahead = False
+                self._submit_to(self._ahead + 1 - later)
                 if not self._waiting:
                     return
                 yield self._take(self._waiting.popleft())
@@ -155,16 +157,17 @@ class SelectedBatches:
                 self._forget_waiting()
 
     def look_ahead(self) -> None:
-        """Sends the candidates of a later step now instead of when the next batch is taken; returns at once.
+        """Has the last of the candidates that are scored ahead sent here, not when the step's batch is taken.
 
         For right before the backward pass: while that runs, the thread that sends them and reads the answer has the
         interpreter to itself; else it shares it with the forward pass, which then takes longer. The batches are the
-        same. Nothing happens with `ahead=0`.
+        same, called or not. It reads the loader, as taking a batch does. With an `ahead` below 2 nothing is left for
+        it, as the answer would have the backward pass alone to come in.
 
         Raises:
             InvalidArgument: as iterating.
         """
-        self._in_backward = True
+        self._looked_ahead = True
         self._submit_to(self._ahead)
 
     @property
@@ -179,6 +182,7 @@ class SelectedBatches:
         """
         if self.current is None:
             raise InvalidArgument("there is no batch to teach with yet; teach inside of the loop over the batches")
+        self._submit_to(self._ahead)  # before it: what the weights of a step have learned depends on that order
         return self._made_selector().teach(self.current.step, cotangent, self.current, update_id=update_id)
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,6 +204,7 @@ class SelectedBatches:
         """
         if not isinstance(state, dict) or "loader" not in state or not isinstance(state.get("step"), int):
             raise InvalidArgument(f"state must be what SelectedBatches.state_dict returned, got {state!r}")
+        self._forget_waiting()
         if "seen" in state:  # not of a version that did not count
             self._seen.load_state_dict(state["seen"])
         if state["loader"] is not None:

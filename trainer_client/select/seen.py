@@ -82,7 +82,8 @@ class TimesSeen:
         self._ahead, self._times = ahead, times
         self._counts = np.zeros((_ROWS, _CELLS), np.uint32)
         self._waiting: deque[tuple[int, np.ndarray]] = deque()  # (step, keys), steps in order, not counted yet
-        self._recent: deque[np.ndarray] = deque(maxlen=_RECENT)  # keys of the steps counted last
+        # The steps counted last, the newest last; -1 for a step of before a resume.
+        self._counted_last: deque[tuple[int, np.ndarray]] = deque(maxlen=_RECENT + ahead)
         self._last = -1  # step that was told last
 
     def trained(self, step: int, keys: np.ndarray) -> None:
@@ -101,30 +102,37 @@ class TimesSeen:
         repeated, nothing changes.
         """
         counts = self.counts(step, keys)
-        if not self._times or not self._recent:
+        if not self._times or not self._counted_last:
             return np.zeros(len(keys))
-        usual = np.median(self._counted(np.concatenate(self._recent)))
+        recent = [trained for _, trained in self._counted_last][-_RECENT:]
+        usual = np.median(self._counted(np.concatenate(recent)))
         excess: np.ndarray = np.maximum(0.0, counts - 2.0 * usual) / self._times
         return excess
 
     def counts(self, step: int, keys: np.ndarray) -> np.ndarray:
         """[N] times that each content was trained on, as far as candidates of `step` may know; too many by accident."""
         while self._waiting and self._waiting[0][0] < step - self._ahead:
-            _, trained = self._waiting.popleft()
-            for row, cells in enumerate(self._cells(trained)):
+            counted = self._waiting.popleft()
+            for row, cells in enumerate(self._cells(counted[1])):
                 np.add.at(self._counts[row], cells, 1)
-            self._recent.append(trained)
+            self._counted_last.append(counted)
         return self._counted(keys)
 
     def state_dict(self) -> str:
-        """Base64, small where little was seen."""
-        used = np.flatnonzero(self._counts)
-        batches = [(-1, keys) for keys in self._recent] + list(self._waiting)
+        """Base64, small where little was seen. What only steps after the next one may know is not counted yet."""
+        known, counts = deque(self._counted_last), self._counts.copy()
+        waiting = deque(self._waiting)
+        while known and known[-1][0] >= max(0, self._last + 1 - self._ahead):
+            waiting.appendleft(known.pop())
+            for row, cells in enumerate(self._cells(waiting[0][1])):
+                np.subtract.at(counts[row], cells, 1)
+        used = np.flatnonzero(counts)
+        batches = [(-1, keys) for _, keys in known][-_RECENT:] + list(waiting)
         content = io.BytesIO()
         np.savez_compressed(
             content,
             cells=used,
-            counts=self._counts.flat[used],
+            counts=counts.flat[used],
             last=self._last,
             steps=np.array([step for step, _ in batches], np.int64),
             sizes=np.array([len(keys) for _, keys in batches], np.int64),
@@ -144,7 +152,7 @@ class TimesSeen:
         except (KeyError, TypeError, ValueError, IndexError, OSError, zipfile.BadZipFile) as exc:
             raise InvalidArgument(f"the times seen are not what SelectedBatches.state_dict returned: {exc!r}") from exc
         self._waiting = deque((step, keys) for step, keys in batches if step >= 0)
-        self._recent = deque((keys for step, keys in batches if step < 0), maxlen=_RECENT)
+        self._counted_last = deque(((step, keys) for step, keys in batches if step < 0), maxlen=_RECENT + self._ahead)
         self._counts, self._last = counts, last
 
     def _counted(self, keys: np.ndarray) -> np.ndarray:
