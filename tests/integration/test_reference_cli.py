@@ -211,9 +211,12 @@ def test_an_interrupted_command_leaves_nothing(flags: list[str], tmp_path: Path)
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
     )
-    assert process.stdout is not None
-    assert "step 100 of 1000000" in process.stdout.readline()  # training
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        assert "step 100 of 1000000" in process.stdout.readline()  # training
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, errors) == (130, "trainer_client.reference: interrupted\n")
     assert list(tmp_path.iterdir()) == []

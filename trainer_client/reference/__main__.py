@@ -42,7 +42,7 @@ def _make(config: ReferenceConfig, console: Console) -> SavedReference:
 
     check_free(config.out, replace=config.overwrite)
     device = set_up_torch(RunConfig(device=config.device, threads=config.threads))
-    with preparing(console, "making the reference") as progress:
+    with preparing(console, "training the reference") as progress:
         documents = load_pool(config, progress)
         tokenizer = (
             load_tokenizer(config.tokenizer)
