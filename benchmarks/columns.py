@@ -4,8 +4,8 @@
 
 For each corpus, of groups of 160 candidates the best fifth by each column alone (by high or low values, whichever is
 better), and by a logistic regression on all of them and their squares that is fitted to the very labels, on other
-samples: shares of the target. One more is tried that weighters don't have, the
-target's likelihood by n-grams: `difference` (Moore and Lewis 2010), counted as counted references are.
+samples: shares of the target. One more is tried that weighters don't have, the target's likelihood by n-grams:
+`difference` (Moore and Lewis 2010), counted as counted references are.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from torch import Tensor
 
 from benchmarks.learning.corpora import BUILTIN, NEED_TEXTS, data_flags
 from benchmarks.machine import describe
-from trainer_client.run.config import parse
+from trainer_client.run.config import RunConfig, parse
+from trainer_client.run.reference import made_reference
 from trainer_client.run.task import Task, build_task
 from weighting_contract.columns import COLUMNS, batch_columns
-from weighting_contract.counted import PRIOR, CountedModel, count_bi_and_trigrams
+from weighting_contract.counted import PRIOR, CountedModel
+from weighting_contract.reference import read_counts
 from weighting_contract.statistics import raw_statistics
 
 CANDIDATES, KEPT, GROUPS = 160, 32, 400
 TARGETS = ("target", "prose")  # names of a target in the corpora
 PRIORS = (5.0, 20.0, PRIOR)
+CPU = torch.device("cpu")
 
 
 def main() -> int:
@@ -40,16 +43,17 @@ def main() -> int:
     print(describe())
     torch.set_num_threads(1)
     for corpus in given.corpora:
-        report(corpus, build_task(parse([*data_flags(corpus, given.folder, given.texts)])))
+        config = parse([*data_flags(corpus, given.folder, given.texts)])
+        task = build_task(config)
+        report(corpus, task, token_losses(config, task))
     return 0
 
 
-def report(corpus: str, task: Task) -> None:
-    """Prints the shares of a corpus's target."""
+def report(corpus: str, task: Task, losses: Tensor) -> None:
+    """Prints the shares of a corpus's target; `losses` are of `token_losses`."""
     names = np.array(task.train.sources)
     target = np.isin(names[task.train.source_index], TARGETS)
     tokens = torch.from_numpy(task.train.tokens.astype(np.int64))
-    losses = token_losses(task, tokens)
     table = task.target_table(task.profile_tokens)
     draw = np.random.default_rng(0)
     fitted, tested = ([draw.choice(len(target), CANDIDATES, replace=False) for _ in range(GROUPS)] for _ in range(2))
@@ -83,12 +87,14 @@ def report(corpus: str, task: Task) -> None:
         print(f"    {with_it:.3f}  and the target's likelihood, prior {prior:g} (by itself {by_itself:.3f})")
 
 
-def token_losses(task: Task, tokens: Tensor) -> Tensor:
-    """[N, T] of the pool's samples by its counts, as a run's reference has them."""
-    distinct = np.unique(task.train.tokens, axis=0)
-    unigrams = np.bincount(distinct[:, 1:].ravel(), minlength=len(task.unigram_nll))
-    model = CountedModel(unigrams, count_bi_and_trigrams(distinct))
-    return torch.cat([model.token_losses(part) for part in torch.split(tokens, 4096)])
+def token_losses(config: RunConfig, task: Task) -> Tensor:
+    """[N, T] of the pool's samples, by the reference that a run counts."""
+    reference = made_reference(config, task, CPU, None)
+    assert reference.files is not None
+    counts = read_counts(reference.files)
+    assert counts.bi_and_trigrams is not None
+    model = CountedModel(counts.unigrams, counts.bi_and_trigrams)
+    return model.token_losses(task.tokens(np.arange(len(task.train)), CPU))
 
 
 def target_log_ratio(task: Task, tokens: Tensor, losses: Tensor, prior: float) -> Tensor:

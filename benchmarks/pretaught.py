@@ -5,8 +5,7 @@
 The pool is the sources of pip, with a quarter of token-shuffled noise (`benchmarks/mixtures.py`). Two small models are
 pretrained on it side by side, one towards its docstrings and one towards its code, and both teach one weighter: what
 serves only one of the targets does not last. Neither is in the built-in corpus. Their steps alternate and each waits
-for the other's lesson, so equal commands give equal files on one machine; what
-another one gave is in docs/method.md.
+for the other's lesson, so equal commands give equal files on one machine; what another one gave: docs/method.md.
 """
 
 from __future__ import annotations

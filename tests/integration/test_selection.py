@@ -292,6 +292,13 @@ def loader_of(count: int, batch: int = 4) -> list[Any]:
     return list(rows_of(count).split(batch)) if count else []
 
 
+def noting(read: list[int], count: int) -> Iterator[Any]:
+    """The batches of `loader_of`; the index of each goes into `read` when it is read."""
+    for index, batch in enumerate(loader_of(count)):
+        read.append(index)
+        yield batch
+
+
 def test_batches_are_chosen_from_successive_ones(server: ScriptedServer) -> None:
     client, job = open_job(server)
     with client, job, select(loader_of(24), job, candidates=2, probes=1, ahead=1, seed=3, warm_up=0) as batches:
@@ -312,15 +319,9 @@ def test_batches_are_chosen_from_successive_ones(server: ScriptedServer) -> None
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_reads_ahead_as_far_as_asked(server: ScriptedServer, ahead: int) -> None:
     read: list[int] = []
-
-    def loader() -> Iterator[Any]:
-        for index, batch in enumerate(loader_of(64)):
-            read.append(index)
-            yield batch
-
     client, job = open_job(server)
     with client, job:
-        batches = select(loader(), job, candidates=2, ahead=ahead)
+        batches = select(noting(read, 64), job, candidates=2, ahead=ahead)
         positions = []
         for step, _ in enumerate(batches):
             assert len(read) == min(16, 2 * (step + 1 + ahead))
@@ -341,16 +342,10 @@ def test_looking_ahead_changes_when_candidates_are_sent_for_but_not_what_is_chos
         """What came, and by which position; `late`: it looks ahead after the step's meta-update."""
         log.clear()
         read: list[int] = []
-
-        def loader() -> Iterator[Any]:
-            for index, batch in enumerate(loader_of(64)):
-                read.append(index)
-                yield batch
-
         client, job = open_job(server)
         given, looked = [], False
         with client, job:
-            batches = select(loader(), job, candidates=2, ahead=ahead, warm_up=3)
+            batches = select(noting(read, 64), job, candidates=2, ahead=ahead, warm_up=3)
             for step, batch in enumerate(batches):
                 assert batches.current is not None
                 given.append((batch.tolist(), batches.current.position))

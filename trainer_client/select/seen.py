@@ -113,8 +113,7 @@ class TimesSeen:
         """[N] times that each content was trained on, as far as candidates of `step` may know; too many by accident."""
         while self._waiting and self._waiting[0][0] < step - self._ahead:
             counted = self._waiting.popleft()
-            for row, cells in enumerate(self._cells(counted[1])):
-                np.add.at(self._counts[row], cells, 1)
+            self._change(np.add, self._counts, counted[1])
             self._counted_last.append(counted)
         return self._counted(keys)
 
@@ -124,8 +123,7 @@ class TimesSeen:
         waiting = deque(self._waiting)
         while known and known[-1][0] >= max(0, self._last + 1 - self._ahead):
             waiting.appendleft(known.pop())
-            for row, cells in enumerate(self._cells(waiting[0][1])):
-                np.subtract.at(counts[row], cells, 1)
+            self._change(np.subtract, counts, waiting[0][1])
         used = np.flatnonzero(counts)
         batches = [(-1, keys) for _, keys in known][-_RECENT:] + list(waiting)
         content = io.BytesIO()
@@ -154,6 +152,11 @@ class TimesSeen:
         self._waiting = deque((step, keys) for step, keys in batches if step >= 0)
         self._counted_last = deque(((step, keys) for step, keys in batches if step < 0), maxlen=_RECENT + self._ahead)
         self._counts, self._last = counts, last
+
+    def _change(self, by_one: np.ufunc, counts: np.ndarray, keys: np.ndarray) -> None:
+        """Adds or subtracts one for each of the keys."""
+        for row, cells in enumerate(self._cells(keys)):
+            by_one.at(counts[row], cells, 1)
 
     def _counted(self, keys: np.ndarray) -> np.ndarray:
         found: np.ndarray = np.min([self._counts[row][cells] for row, cells in enumerate(self._cells(keys))], axis=0)
