@@ -49,15 +49,19 @@ class TokenRows:
     @cached_property
     def token_count(self) -> int:
         """Real tokens that the reference reads."""
-        return sum(min(len(row), self.reference.max_tokens) for row in self.rows)
+        return int(np.minimum(self._lengths, self.reference.max_tokens).sum())
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """[B] tokens of each row, uncut."""
+        return np.array([len(row) for row in self.rows])
 
     def features(self, raw: Tensor) -> np.ndarray:
         """[B, F] float32 from the reference's raw statistics; the profile's n-grams are those of whole rows, uncut."""
         tokens = mask = None
         if self.tokens is not None:
-            lengths = np.array([len(row) for row in self.rows])
             tokens = torch.from_numpy(self.tokens)
-            mask = torch.from_numpy(np.arange(self.tokens.shape[1]) < lengths[:, None])
+            mask = torch.from_numpy(np.arange(self.tokens.shape[1]) < self._lengths[:, None])
         columns = batch_columns(raw, self.names, tokens=tokens, mask=mask, table=self.table)
         return columns.numpy()
 
@@ -218,7 +222,7 @@ def _with_features(reference: Reference, calls: list[_Call]) -> tuple[list[tuple
     batches = [(call, call.batch) for call in calls if isinstance(call.batch, TokenRows)]
     try:
         scopes = [batch.scope for _, batch in batches]
-        raws = reference.raw_statistics_of([batch.rows for _, batch in batches], scopes=scopes, checked=True)
+        raws = reference.raw_statistics_of([batch.rows for _, batch in batches], scopes)
     except Exception as exc:  # whatever the model raises must reach the callers, and the thread must live on
         _fail(calls, exc)
         return [], None

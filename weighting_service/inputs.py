@@ -175,8 +175,7 @@ def padded(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.n
     """Rows of token ids as [B, T] int64, padded on the right with 0, and their lengths [B] int64."""
     lengths = np.array([len(row) for row in rows], np.int64)
     tokens = np.zeros((len(rows), int(lengths.max())), np.int64)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
+    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(rows)
     return tokens, lengths
 
 

@@ -102,7 +102,7 @@ def test_logits_are_held_for_a_chunk_only(hosted: Reference, monkeypatch: pytest
 
 def test_several_callers_get_their_own_rows(hosted: Reference) -> None:
     batches = [random_rows(5, 4), random_rows(6, 1), [], random_rows(7, 9)]
-    given = hosted.raw_statistics_of(batches)
+    given = hosted.raw_statistics_of([hosted.check_rows(batch) for batch in batches])
     assert [len(part) for part in given] == [4, 1, 0, 9]
     assert torch.equal(torch.cat(given), hosted.raw_statistics([row for batch in batches for row in batch]))
     assert hosted.raw_statistics_of([]) == []
@@ -169,5 +169,5 @@ def test_samples_that_are_none(tmp_path: Path, row: Any, words: str) -> None:
     hosted = load_reference(write_reference(tmp_path / "llama", reference()))
     with pytest.raises(InvalidArgument, match=words):
         hosted.raw_statistics([[1, 2, 3], row])
-    with pytest.raises(InvalidArgument, match=words.replace(r"rows\[1\]", r"batches\[1\]\[0\]")):
-        hosted.raw_statistics_of([[[1, 2, 3]], [row]])
+    with pytest.raises(InvalidArgument, match=words.replace("rows", "texts")):
+        hosted.check_rows([[1, 2, 3], row], "texts")

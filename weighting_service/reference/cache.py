@@ -14,16 +14,20 @@ from weighting_contract.statistics import RAW_NAMES
 _DIGEST_BYTES = 16
 
 
-def sample_key(row: np.ndarray, scope: str = "") -> bytes:
-    """Equal for equal samples of one scope.
+def sample_keys(rows: Sequence[np.ndarray], scope: str = "") -> list[bytes]:
+    """A key for each sample, equal for equal samples of one scope.
 
     Args:
-        row: [T] token ids as they are computed, of any integer type.
-        scope: whose sample it is; two that differ share nothing, so that neither learns what the other has sent.
+        rows: [T_i] token ids as they are computed, of any integer type.
+        scope: whose samples they are; two that differ share nothing, so that neither learns what the other has sent.
     """
-    digest = hashlib.blake2b(f"{scope}\0".encode(), digest_size=_DIGEST_BYTES)
-    digest.update(np.ascontiguousarray(row, np.int64).data)
-    return digest.digest()
+    scoped = hashlib.blake2b(f"{scope}\0".encode(), digest_size=_DIGEST_BYTES)
+    keys = []
+    for row in rows:
+        digest = scoped.copy()
+        digest.update(np.ascontiguousarray(row, np.int64).data)
+        keys.append(digest.digest())
+    return keys
 
 
 class SampleCache:

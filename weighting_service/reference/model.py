@@ -6,6 +6,7 @@ Torch only: no files, no threads; one thread calls it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.reference import Counts, ReferenceInfo
 from weighting_contract.statistics import raw_statistics, unigram_nll_table
-from weighting_service.reference.cache import SampleCache, sample_key
+from weighting_service.reference.cache import SampleCache, sample_keys
 from weighting_service.reference.packing import Pack, PackReport, pack_rows
 
 Row = Sequence[int] | np.ndarray  # token ids of one sample
@@ -110,15 +111,10 @@ class Reference:
         Raises:
             InvalidArgument: a row that is none, too short, or with ids outside the vocabulary.
         """
-        return self.raw_statistics_of([rows], fields=["rows"])[0]
+        return self.raw_statistics_of([self.check_rows(rows)])[0]
 
     def raw_statistics_of(
-        self,
-        batches: Sequence[Sequence[Row]],
-        fields: Sequence[str] | None = None,
-        scopes: Sequence[str] | None = None,
-        *,
-        checked: bool = False,
+        self, batches: Sequence[Sequence[np.ndarray]], scopes: Sequence[str] | None = None
     ) -> list[Tensor]:
         """`raw_statistics` of several callers' batches, packed together.
 
@@ -126,40 +122,34 @@ class Reference:
         `last_report`, the first caller with it is the one that it was computed for.
 
         Args:
-            batches: rows of each caller.
-            fields: names of the batches in error messages.
+            batches: rows of each caller, from `check_rows`.
             scopes: of each caller; those of different scopes share nothing that is known. None: all are of one.
-            checked: the rows come from `check_rows` and need no second look.
-
-        Raises:
-            InvalidArgument: as of `raw_statistics`, for any of them: use `check_rows` before putting callers together.
         """
-        if not checked:
-            fields = fields or [f"batches[{b}]" for b in range(len(batches))]
-            batches = [self.check_rows(batch, field) for batch, field in zip(batches, fields, strict=True)]
-        owners = [scope for scope, batch in zip(scopes or [""] * len(batches), batches, strict=True) for _ in batch]
-        whole = [np.asarray(row) for batch in batches for row in batch]
-        rows = [row[: self.max_tokens] for row in whole]
-        keys = [sample_key(row, scope) for row, scope in zip(rows, owners, strict=True)]
+        most = self.max_tokens
+        cut = [[row[:most] for row in batch] for batch in batches]
+        scoped = zip(cut, scopes or [""] * len(batches), strict=True)
+        keys = [key for batch, scope in scoped for key in sample_keys(batch, scope)]
+        rows = list(chain.from_iterable(cut))
         raw, known = self._cache.read(keys)
-        first = {keys[i]: i for i in np.flatnonzero(~known)[::-1]}  # the first row of each sample that is not known
+        unknown = np.flatnonzero(~known).tolist()
+        first = {keys[i]: i for i in reversed(unknown)}  # the first row of each sample that is not known
         fresh = sorted(first.values())
         packs = pack_rows([rows[i] for i in fresh], self.tokens_per_pack)
         if packs:
             raw[[fresh[i] for pack in packs for i in pack.indices]] = self._score(packs)
-            unknown = np.flatnonzero(~known)
-            raw[torch.from_numpy(unknown)] = raw[[first[keys[i]] for i in unknown]]
+            raw[unknown] = raw[[first[keys[i]] for i in unknown]]
             self._cache.add([keys[i] for i in fresh], raw[fresh])
-        ends = np.cumsum([len(batch) for batch in batches])
+        sizes = [len(batch) for batch in batches]
+        owners = np.searchsorted(np.cumsum(sizes), fresh, "right")
         self.last_report = PackReport(
             packs=len(packs),
             samples=len(rows),
             real_tokens=sum(pack.real_tokens for pack in packs),
             padded_tokens=sum(pack.padded_tokens for pack in packs),
-            cut_samples=sum(len(row) > self.max_tokens for row in whole),
-            computed_samples=tuple(np.bincount(np.searchsorted(ends, fresh, "right"), minlength=len(batches)).tolist()),
+            cut_samples=sum(len(row) > most for batch in batches for row in batch),
+            computed_samples=tuple(np.bincount(owners, minlength=len(batches)).tolist()),
         )
-        return list(torch.split(raw, [len(batch) for batch in batches]))
+        return list(torch.split(raw, sizes))
 
     def check_rows(self, rows: Sequence[Row], field: str = "rows") -> list[np.ndarray]:
         """The rows as [T_i] int64 arrays, uncut. Touches no device: any thread may call it.
@@ -167,24 +157,29 @@ class Reference:
         Raises:
             InvalidArgument: naming `field`, the row and what is wrong with it.
         """
-        return [self._checked(np.asarray(row), f"{field}[{i}]") for i, row in enumerate(rows)]
+        arrays = [np.asarray(row) for row in rows]
+        for i, row in enumerate(arrays):
+            if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+                raise InvalidArgument(
+                    f"{field}[{i}] is {row.dtype.name} of shape {list(row.shape)}, expected integer token ids of [T]"
+                )
+            if len(row) < 2:
+                raise InvalidArgument(
+                    f"{field}[{i}] has {len(row)} tokens, expected 2 or more: a sample's first token is predicted by "
+                    "nothing"
+                )
+        if arrays and self._outside(np.concatenate(arrays)):  # all at once: a batch has many short rows
+            i, row = next((i, row) for i, row in enumerate(arrays) if self._outside(row))
+            wrong = row[(row < 0) | (row >= self.vocab_size)]
+            raise InvalidArgument(
+                f"{field}[{i}] has the token id {wrong[0]}, but the reference {self.name!r} knows ids from 0 to "
+                f"{self.vocab_size - 1}: was the sample made with another tokenizer?"
+            )
+        return [row.astype(np.int64, copy=False) for row in arrays]
 
-    def _checked(self, row: np.ndarray, field: str) -> np.ndarray:
-        if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
-            raise InvalidArgument(
-                f"{field} is {row.dtype.name} of shape {list(row.shape)}, expected integer token ids of [T]"
-            )
-        if len(row) < 2:
-            raise InvalidArgument(
-                f"{field} has {len(row)} tokens, expected 2 or more: a sample's first token is predicted by nothing"
-            )
-        least, most = int(row.min()), int(row.max())
-        if least < 0 or most >= self.vocab_size:
-            raise InvalidArgument(
-                f"{field} has the token id {least if least < 0 else most}, but the reference {self.name!r} knows ids "
-                f"from 0 to {self.vocab_size - 1}: was the sample made with another tokenizer?"
-            )
-        return row.astype(np.int64)
+    def _outside(self, ids: np.ndarray) -> bool:
+        """Whether one of the ids, at least one, is outside the vocabulary."""
+        return bool(ids.min() < 0 or ids.max() >= self.vocab_size)
 
     @torch.inference_mode()
     def _score(self, packs: Sequence[Pack]) -> Tensor:
