@@ -50,6 +50,7 @@ def build_service(settings: Settings, *, loading_wait_s: float = ServiceLimits.l
             device=device,
             cache=settings.state / "reference-cache",
             cached_samples=settings.cached_samples,
+            per_tenant=settings.max_references_per_tenant,
         ),
         device=device,
         models_dir=settings.models,

@@ -21,10 +21,18 @@ from pathlib import Path
 
 import torch
 
-from weighting_contract.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from weighting_contract.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from weighting_contract.reference import FILES, MANIFEST, MODEL, ReferenceInfo, check_reference
 from weighting_contract.spec import check_name
 from weighting_service import pretaught
+from weighting_service.guards import FULL_RETRY_S
 from weighting_service.loaded import LoadedReferences, short
 from weighting_service.metrics import Metrics
 from weighting_service.reference import Reference
@@ -57,6 +65,7 @@ class ReferenceStore:
         device: where references are loaded to.
         cache: folder of this machine for uploads that lie elsewhere; needed where the storage is not a local one.
         cached_samples: whose raw statistics each loaded reference keeps in memory; 0: none.
+        per_tenant: uploads that a tenant may have, those that are damaged included.
     """
 
     def __init__(
@@ -67,9 +76,11 @@ class ReferenceStore:
         device: torch.device,
         cache: Path | None = None,
         cached_samples: int = 0,
+        per_tenant: int = 1000,
     ) -> None:
         self._uploads = Uploads(open_storage(storage), cache)
         self._models_dir = models_dir
+        self._per_tenant = per_tenant
         self._known: dict[str, Known] = {}
         self._failed: dict[str, _Damaged] = {}  # references that are there, but damaged
         self._memory = LoadedReferences(device, self._bring, cached_samples)
@@ -112,6 +123,7 @@ class ReferenceStore:
                 raise AlreadyExists(f"reference {name!r} exists, but is damaged: {failed.reason}; delete it first")
             if existing := self._known.get(name):
                 return self._existing(existing, info, exist_ok)
+            self._check_room(name)
             try:
                 await asyncio.to_thread(self._uploads.write, name, files)
                 created = True
@@ -128,6 +140,17 @@ class ReferenceStore:
                     f"reference {name!r} does not read back as it was stored: {why}; try again, or choose another name"
                 )
             return self._view(stored) if created else self._existing(stored, info, exist_ok)
+
+    def _check_room(self, name: str) -> None:
+        """Raises where the name's tenant has all the uploads that it may have."""
+        tenant = _tenant_of(name)
+        theirs = [known for known, everybodys in self.names().items() if not everybodys and _tenant_of(known) == tenant]
+        if len(theirs) >= self._per_tenant:
+            raise ResourceExhausted(
+                f"there are {self._per_tenant} uploaded references, as many as a tenant may have "
+                "(--max-references-per-tenant); delete one",
+                retry_after_s=FULL_RETRY_S,
+            )
 
     def _existing(self, known: Known, info: ReferenceInfo, exist_ok: bool) -> ReferenceView:
         if known.info.checksum != info.checksum:
@@ -364,6 +387,10 @@ class ReferenceStore:
         if self._metrics:
             self._metrics.references.set(len(self._known))
             self._metrics.references_failed.set(len(self._failed))
+
+
+def _tenant_of(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _is_name(name: str) -> bool:

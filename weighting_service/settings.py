@@ -71,6 +71,7 @@ class Settings(BaseSettings):
     max_queue_wait_s: float = Field(30.0, gt=0, description="longest that a Score call waits for the device")
     max_calls_per_job: int = Field(64, ge=1, description="calls of one job that may be under way")
     max_weighters_per_tenant: int = Field(100, ge=1, description="weighters of one tenant")
+    max_references_per_tenant: int = Field(1000, ge=1, description="uploaded references of one tenant")
     max_jobs_per_tenant: int = Field(1000, ge=1, description="open jobs of one tenant")
     max_weighter_parameters: int = Field(1_000_000_000, ge=1, description="parameters of one weighter")
     max_log_mb: int = Field(16_384, ge=1, description="size of the update log beyond which updates are refused, MiB")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.unit import reference_models as models
-from weighting_contract.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable
+from weighting_contract.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
 from weighting_contract.reference import write_reference
 from weighting_service.metrics import Metrics
 from weighting_service.pretaught import NAME as PRETAUGHT
@@ -23,9 +23,9 @@ FILES = models.reference()
 CPU = torch.device("cpu")
 
 
-def with_store(tmp_path: Path, use: Callable[[ReferenceStore], Awaitable[object]]) -> None:
+def with_store(tmp_path: Path, use: Callable[[ReferenceStore], Awaitable[object]], **settings: int) -> None:
     async def main() -> None:
-        store = ReferenceStore(tmp_path / "uploads", models_dir=tmp_path / "models", device=CPU)
+        store = ReferenceStore(tmp_path / "uploads", models_dir=tmp_path / "models", device=CPU, **settings)
         await store.start(Metrics())
         await use(store)
         await store.stop()
@@ -84,6 +84,25 @@ def test_references_of_the_package_the_models_directory_and_uploads(tmp_path: Pa
         await store.put("mine", models.reference(seed=1), exist_ok=False)
 
     with_store(tmp_path, again)
+
+
+def test_a_tenant_has_so_many_uploads(tmp_path: Path) -> None:
+    write_reference(tmp_path / "models" / "house", FILES)
+
+    async def use(store: ReferenceStore) -> None:
+        for name in ("one", "two", "theirs/one", "theirs/two"):
+            await store.put(name, FILES, exist_ok=False)
+        for name in ("three", "theirs/three"):
+            with pytest.raises(ResourceExhausted, match=r"2 uploaded references.*\(--max-references-per-tenant\)"):
+                await store.put(name, FILES, exist_ok=True)
+        await store.put("two", FILES, exist_ok=True)
+        await store.put("house", FILES, exist_ok=True)
+        await store.delete("one")
+        await store.put("three", FILES, exist_ok=False)
+        with pytest.raises(ResourceExhausted):
+            await store.put("theirs/three", FILES, exist_ok=False)
+
+    with_store(tmp_path, use, per_tenant=2)
 
 
 def test_loading_is_lazy_shared_by_checksum_and_says_so(tmp_path: Path) -> None:
