@@ -2,10 +2,11 @@
 
     python -m benchmarks.pretaught [--steps 600] [--out weighting_service/pretaught]
 
-The pool is the sources of pip, with a quarter of token-shuffled noise (`benchmarks/mixtures.py`). Two small models are
-pretrained on it side by side, one towards its docstrings and one towards its code, and both teach one weighter: what
-serves only one of the targets does not last. Neither is in the built-in corpus. Their steps alternate and each waits
-for the other's lesson, so equal commands give equal files on one machine; what another one gave: docs/method.md.
+The pool is the sources of pip, with a quarter of token-shuffled noise (`benchmarks/mixtures.py`). Four small models are
+pretrained on it side by side, two towards its docstrings and two towards its code, and all teach one weighter: what
+serves only one of the targets, or is one model's luck, does not last. Neither target is in the built-in corpus. Their
+steps take turns and each waits for the other's lesson, so equal commands give equal files on one machine; what other
+seeds gave: docs/method.md.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ from weighting_contract.profile import make_profile
 from weighting_contract.reference import check_reference, read_counts, write_reference
 
 NAME, REFERENCE = "taught", "pool"
+SEEDS = (0, 1)  # of the models of a target; with one alone, what the weighter is worth hangs on the seed
 CPU = torch.device("cpu")
 TAUGHT, VALIDATION = 16, 8  # samples behind a cotangent: more than in a run, as it is taught once for all
 TAUGHT_EVERY, TAUGHT_FIRST = 4, 48
-TAUGHT_AS = replace(SELECT_SPEC, learning=replace(SELECT_SPEC.learning, settle_after=0))  # it has two teachers
+TAUGHT_AS = replace(SELECT_SPEC, learning=replace(SELECT_SPEC.learning, settle_after=0))  # it has several teachers
 # Once it knows something, small steps lose less of it (docs/method.md).
 USED_AS = replace(TAUGHT_AS, learning=replace(TAUGHT_AS.learning, learning_rate=3e-5))
 
@@ -127,14 +129,15 @@ def main() -> int:
 
 
 def load_tasks(work: Path, steps: int, progress: Progress) -> list[tuple[RunConfig, Task]]:
-    """The data of each target: one pool and one tokenizer for all."""
+    """The data of each model: one pool and one tokenizer for all."""
     tasks: list[tuple[RunConfig, Task]] = []
     for target, mixture in pip_mixtures().items():
         paths = {name: str(path) for name, path in mixture.write(work / target).items()}
-        config = RunConfig(
-            data=(paths["pool"],), val=(paths["val"],), test=(paths["test"],), steps=steps, out=work.name
-        ).check()
-        tasks.append((config, build_task(config, progress, tasks[0][1].tokenizer if tasks else None)))
+        for seed in SEEDS:
+            config = RunConfig(
+                data=(paths["pool"],), val=(paths["val"],), test=(paths["test"],), steps=steps, seed=seed, out=work.name
+            ).check()
+            tasks.append((config, build_task(config, progress, tasks[0][1].tokenizer if tasks else None)))
     return tasks
 
 
