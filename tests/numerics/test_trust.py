@@ -137,13 +137,15 @@ def test_a_jobs_trust_is_that_of_the_logits_given_before_each_update() -> None:
         trust_only = position % 4 == 0
         estimator = Estimator.VJP if position % 5 == 0 else Estimator.SCORE_FUNCTION
         update = update_of(position, probes=probes, trust_only=trust_only, estimator=estimator)
+        update = replace(update, step=60 + position)  # the trainer is new, then it is not any more
         (scores,) = weighter.score([update.inputs])
         weighter.apply(position, update)
         fresh = estimator is Estimator.SCORE_FUNCTION and applied < 24 and not trust_only
         applied += not trust_only
         if probes.sum() > 1 and not fresh:
             agreement = np.corrcoef(-update.cotangent.astype(np.float64), scores.logits)[0, 1]
-            values.append(agreement - (0.0 if estimator is Estimator.VJP else 0.07))
+            cost = 0.15 if update.step < 100 else 0.07
+            values.append(agreement - (0.0 if estimator is Estimator.VJP else cost))
             variances.append(1.0 if estimator is Estimator.VJP else float(scores.logits.var()))
         statistics = weighter.statistics.jobs["job"]
         assert statistics.probed_updates == len(values)

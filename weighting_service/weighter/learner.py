@@ -35,7 +35,7 @@ from weighting_service.weighter.normalise import guarded, to_weights, weights_of
 from weighting_service.weighter.optimiser import AdamW, Layout, clipped
 from weighting_service.weighter.pretrained import Pretrained
 from weighting_service.weighter.state import State, check_tensors, state_from_json, state_to_json
-from weighting_service.weighter.trust import COST_OF_CHOICE, FIRST_LESSONS, LEAST_PROBES
+from weighting_service.weighter.trust import FIRST_LESSONS, LEAST_PROBES, cost_of_choice
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Weighter(Pretrained):
         known = self._taught_before or self._statistics.updates_applied >= FIRST_LESSONS
         counts = known or update.trust_only or not chosen  # what teaches nothing is repeated by nothing
         if counts and update.drawn_evenly.sum() >= LEAST_PROBES and np.ptp(given) > 0:
-            cost, weight = (COST_OF_CHOICE, float(given.var())) if chosen else (0.0, 1.0)
+            cost, weight = (cost_of_choice(update.step), float(given.var())) if chosen else (0.0, 1.0)
             job = replace(job, trust=job.trust.add(agreement - cost, weight))
         return _Heard(samples, taught, job, agreement, float(given.std()))
 

@@ -16,9 +16,9 @@ from weighting_service.domain import LearningStatistics
 from weighting_service.weighter.cotangents import JobSignal, RunningMean
 from weighting_service.weighter.trust import TrustSignal
 
-FORMAT = 5  # to be raised, too, where the same updates lead to another state than before
-READABLE = (1, 2, 3, 4, 5)
-WITH_TRUST = (4, 5)  # 1 had none, those of 2 and 3 were in other units: a job's starts anew; that of 4 goes on
+FORMAT = 6  # to be raised, too, where the same updates lead to another state than before
+READABLE = (1, 2, 3, 4, 5, 6)
+WITH_TRUST = (4, 5, 6)  # 1 had none, those of 2 and 3 were in other units: a job's starts anew; later ones go on
 
 
 @dataclass(frozen=True)
