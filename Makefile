@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## pretrain a small LM four ways and compare them; at most 6 minutes on 2 CPU cores
 	$(BIN)/python -m trainer_client.run --compare uniform weight-scratch select-scratch --out runs/demo --overwrite $(ARGS)
 
-pretaught: $(STAMP) ## teach the weighter that comes with the package, and its reference; about 3 minutes
+pretaught: $(STAMP) ## teach the weighter that comes with the package, and its reference; about 4 minutes
 	$(BIN)/python -m benchmarks.pretaught $(ARGS)
 
 test: $(STAMP) ## run every test

@@ -5,8 +5,8 @@
 The pool is the sources of pip, with a quarter of token-shuffled noise (`benchmarks/mixtures.py`). Four small models are
 pretrained on it side by side, two towards its docstrings and two towards its code, and all teach one weighter: what
 serves only one of the targets, or is one model's luck, does not last. Neither target is in the built-in corpus. Their
-steps take turns and each waits for the other's lesson, so equal commands give equal files on one machine; what other
-seeds gave: docs/method.md.
+steps take turns, and each waits until the lesson before it is learned, so equal commands give equal files on one
+machine; what other seeds gave: docs/method.md.
 """
 
 from __future__ import annotations

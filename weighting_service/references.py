@@ -32,6 +32,7 @@ from weighting_contract.errors import (
 from weighting_contract.reference import FILES, MANIFEST, MODEL, ReferenceInfo, check_reference
 from weighting_contract.spec import check_name
 from weighting_service import pretaught
+from weighting_service.core import tenant_of
 from weighting_service.guards import FULL_RETRY_S
 from weighting_service.loaded import LoadedReferences, short
 from weighting_service.metrics import Metrics
@@ -57,7 +58,7 @@ class _Damaged:
 class ReferenceStore:
     """References by name; names of one checksum share one loaded reference. `await start()` before use.
 
-    A tenant's references have names "tenant/name"; that only its callers use them is not known here.
+    A tenant's references have names "tenant/name" and are counted; that only its callers use them is not known here.
 
     Args:
         storage: for uploads: a storage, or the path or URL of one.
@@ -81,6 +82,7 @@ class ReferenceStore:
         self._uploads = Uploads(open_storage(storage), cache)
         self._models_dir = models_dir
         self._per_tenant = per_tenant
+        self._tenants: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # while uploading
         self._known: dict[str, Known] = {}
         self._failed: dict[str, _Damaged] = {}  # references that are there, but damaged
         self._memory = LoadedReferences(device, self._bring, cached_samples)
@@ -123,9 +125,10 @@ class ReferenceStore:
                 raise AlreadyExists(f"reference {name!r} exists, but is damaged: {failed.reason}; delete it first")
             if existing := self._known.get(name):
                 return self._existing(existing, info, exist_ok)
-            self._check_room(name)
             try:
-                await asyncio.to_thread(self._uploads.write, name, files)
+                async with self._tenants.setdefault(tenant_of(name), asyncio.Lock()):
+                    await asyncio.to_thread(self._check_room, name)
+                    await asyncio.to_thread(self._uploads.write, name, files)
                 created = True
             except FileExistsError:
                 created = False  # by another replica, since this one looked
@@ -142,10 +145,9 @@ class ReferenceStore:
             return self._view(stored) if created else self._existing(stored, info, exist_ok)
 
     def _check_room(self, name: str) -> None:
-        """Raises where the name's tenant has all the uploads that it may have."""
-        tenant = _tenant_of(name)
-        theirs = [known for known, everybodys in self.names().items() if not everybodys and _tenant_of(known) == tenant]
-        if len(theirs) >= self._per_tenant:
+        """Raises where the name's tenant has all the uploads that it may have, by what the storage holds now."""
+        tenant = tenant_of(name)
+        if sum(tenant_of(upload) == tenant for upload in self._uploads.names()) >= self._per_tenant:
             raise ResourceExhausted(
                 f"there are {self._per_tenant} uploaded references, as many as a tenant may have "
                 "(--max-references-per-tenant); delete one",
@@ -387,10 +389,6 @@ class ReferenceStore:
         if self._metrics:
             self._metrics.references.set(len(self._known))
             self._metrics.references_failed.set(len(self._failed))
-
-
-def _tenant_of(name: str) -> str:
-    return name.rpartition("/")[0]
 
 
 def _is_name(name: str) -> bool:

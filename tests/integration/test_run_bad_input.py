@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from small_job import WORDS, read
 
+from tests.conftest import ServiceThread
+from trainer_client import connect
 from trainer_client.run.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("same_threads_after")
@@ -108,3 +110,31 @@ def test_too_few_samples_to_judge_a_profile_are_a_warning(files, tmp_path, caplo
     documents(files["--val"], count, words=words, seed=7)
     (warning,) = warned(files, tmp_path / "out", caplog, "--mode", "select")
     assert expected in warning
+
+
+@pytest.mark.parametrize(
+    ("limit", "mode", "what"),
+    [
+        ("max_weighters_per_tenant", "weight", "1 weighters, as many as a tenant may have"),
+        ("max_references_per_tenant", "select", "1 uploaded references, as many as a tenant may have"),
+    ],
+)
+def test_a_service_without_room_for_a_new_run_is_a_mistake(files, tmp_path, capsys, limit, mode, what):
+    """It does not pass by itself, and the run would be one without a weighter to its end."""
+    service = ServiceThread(tmp_path / "state", **{limit: 1})
+    url, more = service.address.grpc_url, ["--mode", mode, "--weighter", service.address.grpc_url]
+    try:
+        assert main(flags(files, tmp_path / "first", *more)) == 0
+        again = flags(files, tmp_path / "second", *more, "--weighter-name", "another", "--seq-len", "12")
+        capsys.readouterr()
+        assert main(again) == 2
+        assert what in capsys.readouterr().err
+        assert not (tmp_path / "second" / "summary.json").exists()
+        with connect(url) as client:
+            client.delete_weighter("default")
+            for reference in client.list_references():
+                if reference.name.startswith("run-"):
+                    client.delete_reference(reference.name)
+        assert main([*again, "--overwrite"]) == 0
+    finally:
+        service.stop()

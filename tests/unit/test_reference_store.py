@@ -33,9 +33,11 @@ def with_store(tmp_path: Path, use: Callable[[ReferenceStore], Awaitable[object]
     asyncio.run(main())
 
 
-def with_replicas(tmp_path: Path, use: Callable[[ReferenceStore, ReferenceStore], Awaitable[None]]) -> None:
+def with_replicas(
+    tmp_path: Path, use: Callable[[ReferenceStore, ReferenceStore], Awaitable[None]], **settings: int
+) -> None:
     async def main() -> None:
-        replicas = [ReferenceStore(tmp_path / "uploads", models_dir=None, device=CPU) for _ in range(2)]
+        replicas = [ReferenceStore(tmp_path / "uploads", models_dir=None, device=CPU, **settings) for _ in range(2)]
         for replica in replicas:
             await replica.start(Metrics())
         await use(*replicas)
@@ -103,6 +105,27 @@ def test_a_tenant_has_so_many_uploads(tmp_path: Path) -> None:
             await store.put("theirs/three", FILES, exist_ok=False)
 
     with_store(tmp_path, use, per_tenant=2)
+
+
+def test_uploads_are_counted_as_the_storage_has_them(tmp_path: Path) -> None:
+    """At the same time, through another replica, damaged ones too."""
+
+    async def use(one: ReferenceStore, other: ReferenceStore) -> None:
+        puts = (one.put(name, FILES, exist_ok=False) for name in ("a", "b", "c", "d"))
+        outcomes = await asyncio.gather(*puts, return_exceptions=True)
+        stored = [name for name, outcome in zip("abcd", outcomes, strict=True) if not isinstance(outcome, Exception)]
+        assert len(stored) == 2
+        assert all(isinstance(o, ResourceExhausted) for o in outcomes if isinstance(o, Exception))
+        await other.refresh()
+        await one.delete(stored[0])
+        await other.put("later", FILES, exist_ok=False)
+        for path in files_of(tmp_path / "uploads"):
+            if path.name == "reference.json":
+                path.write_bytes(b"{")
+        with pytest.raises(ResourceExhausted):
+            await one.put("last", FILES, exist_ok=False)
+
+    with_replicas(tmp_path, use, per_tenant=2)
 
 
 def test_loading_is_lazy_shared_by_checksum_and_says_so(tmp_path: Path) -> None:

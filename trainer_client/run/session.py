@@ -50,8 +50,8 @@ _POLL_S = 0.05
 def check_service(config: RunConfig, reference: RunReference | None, start: Start | None) -> None:
     """Raises WeighbridgeError where the weighters of a new job can't be had; makes them where they are missing.
 
-    A service that is away is only a mistake with `on_failure="raise"`. An embedded one without a folder of its own is a
-    fresh one.
+    A service that is away is only a mistake with `on_failure="raise"`. One without room for them is, unless the run is
+    resumed: that does not pass by itself. An embedded one without a folder of its own is a fresh one.
     """
     with connect(config.weighter, **config.credentials, timeouts=_timeouts(config)) as client:
         try:
@@ -60,8 +60,8 @@ def check_service(config: RunConfig, reference: RunReference | None, start: Star
                     client.create_weighter(name, **begun)
             if reference and reference.files and not _hosted(client, reference):
                 client.put_reference(reference.name, reference.files)
-        except PASSING:
-            if config.on_failure == "raise":
+        except PASSING as exc:
+            if config.on_failure == "raise" or (isinstance(exc, ResourceExhausted) and not config.resume):
                 raise
 
 

@@ -175,10 +175,10 @@ class Reference:
                 f"{field}[{i}] has the token id {wrong[0]}, but the reference {self.name!r} knows ids from 0 to "
                 f"{self.vocab_size - 1}: was the sample made with another tokenizer?"
             )
-        return [row.astype(np.int64, copy=False) for row in arrays]
+        return [row.astype(np.int64) for row in arrays]  # of their own: they wait, and a padded matrix need not
 
     def _outside(self, ids: np.ndarray) -> bool:
-        """Whether one of the ids, at least one, is outside the vocabulary."""
+        """Whether any id is outside the vocabulary; there is at least one."""
         return bool(ids.min() < 0 or ids.max() >= self.vocab_size)
 
     @torch.inference_mode()

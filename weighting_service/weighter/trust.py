@@ -22,8 +22,8 @@ LEAST_PROBES = 2  # of an update that counts
 FIRST_LESSONS = 24  # of a fresh weighter: what it prefers meanwhile agrees with the next cotangents in any case
 LEAST_UPDATES = 8  # probed ones; before, nothing is held against the weighter
 COST_OF_CHOICE = 0.07  # what choosing gains in one step by less, it loses by seeing fewer samples more often
-NEW_FOR = 100  # optimiser steps of a trainer; as long as selection warms up
-COST_WHILE_NEW = 0.15  # then easy texts help with all others, so that whoever prefers them agrees with every cotangent
+NEW_FOR = 100  # optimiser steps of a trainer, as many as selection warms up by default
+COST_WHILE_NEW = 0.15  # then easy texts help with every other text, and who prefers them agrees with every cotangent
 DISTRUSTED_T = 3.0  # trust is 0 up to it, and whole from one more on
 LARGEST_T = 1e6  # in place of infinity, where every update agreed to the same degree
 
@@ -31,8 +31,8 @@ LARGEST_T = 1e6  # in place of infinity, where every update agreed to the same d
 def cost_of_choice(step: int) -> float:
     """What is taken from the agreement of an update of chosen samples, of the trainer's optimiser step `step`.
 
-    By measurement, docs/method.md: in the first steps the weighters that then helped agreed by 0.32 and more, those
-    that did harm by up to 0.31; later the first agreed by as little as 0.05, as their choice leaves few to disagree on.
+    By measurement, docs/method.md: in the first 32 steps weighters that then did harm agreed by up to 0.31, those that
+    helped mostly by more; later these agreed by as little as 0.1, as their choice leaves little to disagree on.
     """
     return COST_WHILE_NEW if step < NEW_FOR else COST_OF_CHOICE
 
