@@ -55,6 +55,7 @@ class FaultyProxy:
         self._random = random.Random(0)
         self._open: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._opening: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy")
@@ -116,7 +117,7 @@ class FaultyProxy:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._opening, return_exceptions=True)
         self._abort_all()  # of ends that came meanwhile
         await asyncio.sleep(0)  # aborted transports close their sockets
 
@@ -142,8 +143,11 @@ class FaultyProxy:
         if self._fault is Fault.DROP:
             return
         with contextlib.suppress(OSError, asyncio.CancelledError):
-            far_reader, far = await asyncio.open_connection("127.0.0.1", self.target_port)
-            connection.ends.append(far)
+            opening = self._loop.create_task(asyncio.open_connection("127.0.0.1", self.target_port))
+            self._opening.add(opening)
+            opening.add_done_callback(self._opening.discard)
+            opening.add_done_callback(connection.opened)
+            far_reader, far = await asyncio.shield(opening)  # cancelled as it is made, it would be left to nobody
             await asyncio.gather(
                 self._pump(connection, reader, far, answers=False),
                 self._pump(connection, far_reader, near, answers=True),
@@ -203,8 +207,17 @@ class _Connection:
     counter: _RequestCounter = field(default_factory=lambda: _RequestCounter())
     lost: bool = False  # bytes of it: nothing comes through any more
     answers_lost: bool = False
+    aborted: bool = False
+
+    def opened(self, opening: asyncio.Task[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
+        """The far end is there, or can't be had."""
+        if not opening.cancelled() and opening.exception() is None:
+            self.ends.append(opening.result()[1])
+            if self.aborted:
+                self.abort()
 
     def abort(self) -> None:
+        self.aborted = True
         for end in self.ends:
             end.transport.abort()
 
