@@ -144,7 +144,7 @@ def test_a_jobs_trust_is_that_of_the_logits_given_before_each_update() -> None:
         applied += not trust_only
         if probes.sum() > 1 and not fresh:
             agreement = np.corrcoef(-update.cotangent.astype(np.float64), scores.logits)[0, 1]
-            cost = 0.15 if update.step < 100 else 0.07
+            cost = 0.15 if update.step < 100 and trust_only else 0.07
             values.append(agreement - (0.0 if estimator is Estimator.VJP else cost))
             variances.append(1.0 if estimator is Estimator.VJP else float(scores.logits.var()))
         statistics = weighter.statistics.jobs["job"]
@@ -162,6 +162,21 @@ def test_first_lessons_of_a_fresh_weighter_do_not_count_where_samples_are_chosen
         for position in range(1, 31):
             weighter.apply(position, update_of(position, probes=np.ones(16, bool), estimator=Estimator.SCORE_FUNCTION))
         assert weighter.statistics.jobs["job"].probed_updates == counted
+
+
+def test_of_a_weighter_that_was_taught_elsewhere_more_is_asked_while_the_trainer_is_new(tmp_path: Path) -> None:
+    """What it then takes from each agreement shows in the mean."""
+    folder = taught(30).save_pretrained(tmp_path)
+    means = []
+    for begin in (0, 99, 100, 1000):
+        weighter = Weighter.from_pretrained(folder)
+        for position in range(1, 11):
+            update = update_of(position, probes=np.ones(16, bool), estimator=Estimator.SCORE_FUNCTION, trust_only=True)
+            weighter.apply(position, replace(update, step=begin))
+        means.append(weighter.state_metadata()["jobs"]["job"]["trust"]["mean"])
+    assert means[0] == means[1]
+    assert means[2] == means[3]
+    assert means[2] - means[0] == pytest.approx(0.15 - 0.07)
 
 
 def test_a_frozen_job_earns_its_trust_at_a_weighter_that_is_still_fresh() -> None:

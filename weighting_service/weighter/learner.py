@@ -244,7 +244,9 @@ class Weighter(Pretrained):
         known = self._taught_before or self._statistics.updates_applied >= FIRST_LESSONS
         counts = known or update.trust_only or not chosen  # what teaches nothing is repeated by nothing
         if counts and update.drawn_evenly.sum() >= LEAST_PROBES and np.ptp(given) > 0:
-            cost, weight = (cost_of_choice(update.step), float(given.var())) if chosen else (0.0, 1.0)
+            elsewhere = self._taught_before or update.trust_only
+            cost = cost_of_choice(update.step, taught_elsewhere=elsewhere) if chosen else 0.0
+            weight = float(given.var()) if chosen else 1.0
             job = replace(job, trust=job.trust.add(agreement - cost, weight))
         return _Heard(samples, taught, job, agreement, float(given.std()))
 

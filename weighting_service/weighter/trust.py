@@ -28,13 +28,16 @@ DISTRUSTED_T = 3.0  # trust is 0 up to it, and whole from one more on
 LARGEST_T = 1e6  # in place of infinity, where every update agreed to the same degree
 
 
-def cost_of_choice(step: int) -> float:
+def cost_of_choice(step: int, *, taught_elsewhere: bool) -> float:
     """What is taken from the agreement of an update of chosen samples, of the trainer's optimiser step `step`.
 
     By measurement, docs/method.md: in the first 32 steps weighters that then did harm agreed by up to 0.31, those that
     helped mostly by more; later these agreed by as little as 0.1, as their choice leaves little to disagree on.
+
+    Args:
+        taught_elsewhere: the job's weighter knows what it knows from others; a fresh one has `FIRST_LESSONS` instead.
     """
-    return COST_WHILE_NEW if step < NEW_FOR else COST_OF_CHOICE
+    return COST_WHILE_NEW if taught_elsewhere and step < NEW_FOR else COST_OF_CHOICE
 
 
 @dataclass(frozen=True)
