@@ -131,7 +131,7 @@ def test_a_jobs_trust_is_that_of_the_logits_given_before_each_update() -> None:
     weighter = taught(5)
     values: list[float] = []
     variances: list[float] = []
-    applied = 5
+    applied, new = 5, False
     for position in range(6, 70):
         probes = np.arange(16) < {0: 4, 1: 1, 2: 16}[position % 3]
         trust_only = position % 4 == 0
@@ -144,8 +144,13 @@ def test_a_jobs_trust_is_that_of_the_logits_given_before_each_update() -> None:
         applied += not trust_only
         if probes.sum() > 1 and not fresh:
             agreement = np.corrcoef(-update.cotangent.astype(np.float64), scores.logits)[0, 1]
-            cost = 0.15 if update.step < 100 and trust_only else 0.07
-            values.append(agreement - (0.0 if estimator is Estimator.VJP else cost))
+            chosen, begins = estimator is Estimator.SCORE_FUNCTION, trust_only and update.step < 100
+            if chosen and new and not begins:
+                whole = len(values) < 8 or naive_t(values, variances) >= 4
+                values = [value + 0.08 * whole for value in values]
+                new = False
+            new |= chosen and begins and not values
+            values.append(agreement - ((0.15 if new else 0.07) if chosen else 0.0))
             variances.append(1.0 if estimator is Estimator.VJP else float(scores.logits.var()))
         statistics = weighter.statistics.jobs["job"]
         assert statistics.probed_updates == len(values)
@@ -165,18 +170,22 @@ def test_first_lessons_of_a_fresh_weighter_do_not_count_where_samples_are_chosen
 
 
 def test_of_a_weighter_that_was_taught_elsewhere_more_is_asked_while_the_trainer_is_new(tmp_path: Path) -> None:
-    """What it then takes from each agreement shows in the mean."""
+    """What is taken from each agreement shows in the mean; trust that is whole when it is over gets it back."""
     folder = taught(30).save_pretrained(tmp_path)
-    means = []
-    for begin in (0, 99, 100, 1000):
+
+    def mean(kind: float, steps: range) -> float:
         weighter = Weighter.from_pretrained(folder)
-        for position in range(1, 11):
-            update = update_of(position, probes=np.ones(16, bool), estimator=Estimator.SCORE_FUNCTION, trust_only=True)
-            weighter.apply(position, replace(update, step=begin))
-        means.append(weighter.state_metadata()["jobs"]["job"]["trust"]["mean"])
-    assert means[0] == means[1]
-    assert means[2] == means[3]
-    assert means[2] - means[0] == pytest.approx(0.15 - 0.07)
+        for position, step in enumerate(steps, 1):
+            probes, estimator = np.ones(16, bool), Estimator.SCORE_FUNCTION
+            update = update_of(position, kind, probes=probes, estimator=estimator, trust_only=True)
+            weighter.apply(position, replace(update, step=step))
+        return float(weighter.state_metadata()["jobs"]["job"]["trust"]["mean"])
+
+    for kind in (HARMFUL, RANDOM):
+        assert mean(kind, range(80, 100)) == pytest.approx(mean(kind, range(100, 120)) - 0.08)
+    assert mean(HARMFUL, range(80, 101)) == pytest.approx(mean(HARMFUL, range(100, 121)))
+    after = mean(RANDOM, range(80, 101))
+    assert after < mean(RANDOM, range(100, 121)) - 0.07
 
 
 def test_a_frozen_job_earns_its_trust_at_a_weighter_that_is_still_fresh() -> None:

@@ -35,7 +35,7 @@ from weighting_service.weighter.normalise import guarded, to_weights, weights_of
 from weighting_service.weighter.optimiser import AdamW, Layout, clipped
 from weighting_service.weighter.pretrained import Pretrained
 from weighting_service.weighter.state import State, check_tensors, state_from_json, state_to_json
-from weighting_service.weighter.trust import FIRST_LESSONS, LEAST_PROBES, cost_of_choice
+from weighting_service.weighter.trust import FIRST_LESSONS, LEAST_PROBES, NEW_FOR
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,12 @@ class Weighter(Pretrained):
         known = self._taught_before or self._statistics.updates_applied >= FIRST_LESSONS
         counts = known or update.trust_only or not chosen  # what teaches nothing is repeated by nothing
         if counts and update.drawn_evenly.sum() >= LEAST_PROBES and np.ptp(given) > 0:
-            elsewhere = self._taught_before or update.trust_only
-            cost = cost_of_choice(update.step, taught_elsewhere=elsewhere) if chosen else 0.0
-            weight = float(given.var()) if chosen else 1.0
-            job = replace(job, trust=job.trust.add(agreement - cost, weight))
+            new = (self._taught_before or update.trust_only) and update.step < NEW_FOR
+            if chosen:
+                trust = job.trust.of_chosen(agreement, float(given.var()), while_new=new)
+            else:
+                trust = job.trust.add(agreement, 1.0)
+            job = replace(job, trust=trust)
         return _Heard(samples, taught, job, agreement, float(given.std()))
 
     def _learn(self, heard: _Heard, estimator: Estimator) -> _Lesson | None:
