@@ -6,16 +6,16 @@ Knows no use case and no transport.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from weighting_contract.errors import Unavailable
+from weighting_contract.errors import ResourceExhausted, Unavailable
 from weighting_service.call_queue import EngineLimits
 from weighting_service.engine import Engine
-from weighting_service.guards import Room, UnderWay
+from weighting_service.guards import FULL_RETRY_S, Room, UnderWay
 from weighting_service.inputs import BatchLimits
 from weighting_service.metrics import Metrics
 from weighting_service.update_log import UpdateLog
@@ -118,6 +118,13 @@ class Core:
 def tenant_of(name: str) -> str:
     """Whose a weighter, reference or job is, by its internal name; empty: the default tenant's."""
     return name.rpartition("/")[0]
+
+
+def check_room(name: str, taken: Iterable[str], most: int, full: str) -> None:
+    """Raises ResourceExhausted, which says `full`, where the tenant of `name` has `most` of the names `taken`."""
+    tenant = tenant_of(name)
+    if sum(tenant_of(other) == tenant for other in taken) >= most:
+        raise ResourceExhausted(full, retry_after_s=FULL_RETRY_S)
 
 
 def own_name(name: str) -> str:

@@ -21,15 +21,13 @@ from weighting_contract.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
     Unavailable,
 )
 from weighting_contract.export import check_export
 from weighting_contract.spec import WeighterSpec, check_name
 from weighting_service import pretaught
-from weighting_service.core import Core, own_name, tenant_of
+from weighting_service.core import Core, check_room, own_name
 from weighting_service.domain import EVERYONE, Rollback, WeighterRecord
-from weighting_service.guards import FULL_RETRY_S
 from weighting_service.roster import Entry, Roster
 from weighting_service.snapshots import SnapshotStore
 from weighting_service.views import Taught, WeighterView
@@ -99,12 +97,9 @@ class Weighters(Roster):
         if failed := self._failed.get(name):
             kind = Unavailable if failed.passing else AlreadyExists  # the first is worth another try
             raise kind(f"weighter {name!r} exists, but is not served: {failed.reason}")
-        tenant, most = tenant_of(name), self._core.limits.weighters_per_tenant
-        if sum(tenant_of(known) == tenant for known in (*self._entries, *self._failed)) >= most:
-            raise ResourceExhausted(
-                f"there are {most} weighters, as many as a tenant may have (--max-weighters-per-tenant); delete one",
-                retry_after_s=FULL_RETRY_S,
-            )
+        most = self._core.limits.weighters_per_tenant
+        full = f"there are {most} weighters, as many as a tenant may have (--max-weighters-per-tenant); delete one"
+        check_room(name, (*self._entries, *self._failed), most, full)
 
     async def _create(self, name: str, begun: _Beginning) -> Entry | None:
         """None where another service has just taken the name."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from weighting_contract.errors import InvalidArgument
+from weighting_contract.rows import padded
 from weighting_contract.spec import WeighterSpec, check_text
 from weighting_service.domain import Inputs, RawInputs
 
@@ -169,14 +170,6 @@ def check_token_rows(raw: RawInputs, *, limits: BatchLimits, tokenize: Tokenize)
     check_samples(len(tokens), limits)
     check_padded(tokens.size, limits)
     return [row[:length] for row, length in zip(tokens, lengths, strict=True)], "tokens"
-
-
-def padded(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of token ids as [B, T] int64, padded on the right with 0, and their lengths [B] int64."""
-    lengths = np.array([len(row) for row in rows], np.int64)
-    tokens = np.zeros((len(rows), int(lengths.max())), np.int64)
-    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(rows)
-    return tokens, lengths
 
 
 def check_samples(samples: int, limits: BatchLimits) -> None:

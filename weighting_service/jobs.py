@@ -20,7 +20,6 @@ from weighting_contract.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
     WeighbridgeError,
 )
 from weighting_contract.ngrams import profile_table
@@ -28,9 +27,8 @@ from weighting_contract.profile import Profile
 from weighting_contract.reference import ReferenceInfo
 from weighting_contract.spec import WeighterSpec, check_checksum, check_name, check_text
 from weighting_service.calls import is_of_job
-from weighting_service.core import Core, own_name, tenant_of
+from weighting_service.core import Core, check_room, own_name
 from weighting_service.domain import JobRecord, Role, WeighterRecord
-from weighting_service.guards import FULL_RETRY_S
 from weighting_service.hosting import Entry, Weighters
 from weighting_service.inputs import check_feature_names
 from weighting_service.leases import Leases
@@ -280,13 +278,12 @@ class Jobs:
 
     def _check_room(self, job_id: str) -> None:
         """Raises ResourceExhausted where the job's tenant has as many open jobs as it may have."""
-        tenant, most = tenant_of(job_id), self._core.limits.jobs_per_tenant
-        if sum(tenant_of(job.job_id) == tenant for job in self._weighters.open_jobs()) >= most:
-            raise ResourceExhausted(
-                f"{most} jobs are open, as many as a tenant may have (--max-jobs-per-tenant); close some, or wait: one "
-                f"without a trainer is closed {self._core.limits.job_idle_s:g} s after its last call",
-                retry_after_s=FULL_RETRY_S,
-            )
+        most = self._core.limits.jobs_per_tenant
+        full = (
+            f"{most} jobs are open, as many as a tenant may have (--max-jobs-per-tenant); close some, or wait: one "
+            f"without a trainer is closed {self._core.limits.job_idle_s:g} s after its last call"
+        )
+        check_room(job_id, (job.job_id for job in self._weighters.open_jobs()), most, full)
 
     async def _expire(self, job_id: str) -> None:
         """Closes a job that nobody hears of, unless it was closed elsewhere or calls by now."""

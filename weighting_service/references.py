@@ -26,14 +26,12 @@ from weighting_contract.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
     Unavailable,
 )
 from weighting_contract.reference import FILES, MANIFEST, MODEL, ReferenceInfo, check_reference
 from weighting_contract.spec import check_name
 from weighting_service import pretaught
-from weighting_service.core import tenant_of
-from weighting_service.guards import FULL_RETRY_S
+from weighting_service.core import check_room, tenant_of
 from weighting_service.loaded import LoadedReferences, short
 from weighting_service.metrics import Metrics
 from weighting_service.reference import Reference
@@ -146,13 +144,12 @@ class ReferenceStore:
 
     def _check_room(self, name: str) -> None:
         """Raises where the name's tenant has all the uploads that it may have, by what the storage holds now."""
-        tenant = tenant_of(name)
-        if sum(tenant_of(upload) == tenant for upload in self._uploads.names()) >= self._per_tenant:
-            raise ResourceExhausted(
-                f"there are {self._per_tenant} uploaded references, as many as a tenant may have "
-                "(--max-references-per-tenant); delete one",
-                retry_after_s=FULL_RETRY_S,
-            )
+        most = self._per_tenant
+        full = (
+            f"there are {most} uploaded references, as many as a tenant may have (--max-references-per-tenant); "
+            "delete one"
+        )
+        check_room(name, self._uploads.names(), most, full)
 
     def _existing(self, known: Known, info: ReferenceInfo, exist_ok: bool) -> ReferenceView:
         if known.info.checksum != info.checksum:

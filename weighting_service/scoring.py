@@ -15,6 +15,7 @@ from weighting_contract.columns import needs_profile
 from weighting_contract.errors import InvalidArgument
 from weighting_contract.ngrams import profile_table
 from weighting_contract.profile import make_profile
+from weighting_contract.rows import padded
 from weighting_contract.spec import WeighterSpec
 from weighting_service import pretaught
 from weighting_service.core import Core, tenant_of
@@ -28,7 +29,6 @@ from weighting_service.inputs import (
     check_padded,
     check_samples,
     check_token_rows,
-    padded,
     text_rows,
 )
 from weighting_service.jobs import Jobs, check_fits

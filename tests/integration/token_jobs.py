@@ -13,8 +13,8 @@ from tests.unit import reference_models as models
 from weighting_contract.columns import COLUMNS, batch_columns
 from weighting_contract.ngrams import profile_table
 from weighting_contract.profile import joined, make_profile
+from weighting_contract.rows import padded
 from weighting_contract.tensors import from_message, to_message
-from weighting_service.inputs import padded
 from weighting_service.reference import Reference
 
 LESSONS = 6

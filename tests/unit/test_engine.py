@@ -17,10 +17,10 @@ from weighting_contract.errors import FailedPrecondition, ResourceExhausted, Una
 from weighting_contract.ngrams import profile_table
 from weighting_contract.profile import make_profile
 from weighting_contract.reference import write_reference
+from weighting_contract.rows import padded
 from weighting_contract.spec import FeatureSpec, HeadSpec, LearningSpec, WeighterSpec
 from weighting_service.domain import Inputs, MetaUpdate, ScoreOptions, Scores
 from weighting_service.engine import Engine, EngineLimits, PassReport, TokenRows
-from weighting_service.inputs import padded
 from weighting_service.reference import Reference, load_reference
 from weighting_service.weighter import Weighter
 

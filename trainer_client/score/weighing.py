@@ -35,6 +35,7 @@ from weighting_contract.errors import (
 )
 from weighting_contract.profile import documents_checksum
 from weighting_contract.reference import check_reference, reference_files
+from weighting_contract.rows import padded
 
 logger = logging.getLogger(__name__)
 
@@ -153,10 +154,7 @@ class Weighing:
         """The scores of the windows of several documents, one after the other."""
         assert self._job is not None
         job, rows = self._job, [window for each in windows for window in each]
-        lengths = np.array([len(row) for row in rows])
-        tokens = np.zeros((len(rows), lengths.max()), rows[0].dtype)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
+        tokens, lengths = padded(rows, rows[0].dtype)
         samples = wire.Batch(tokens=tokens, lengths=lengths)
         try:  # `ask` raises where `score` would answer uniform weights
             return self._persist(lambda: job.ask(samples, 0, return_statistics=self._config.statistics))

@@ -168,18 +168,18 @@ class Reference:
                     f"{field}[{i}] has {len(row)} tokens, expected 2 or more: a sample's first token is predicted by "
                     "nothing"
                 )
-        if arrays and self._outside(np.concatenate(arrays)):  # all at once: a batch has many short rows
-            i, row = next((i, row) for i, row in enumerate(arrays) if self._outside(row))
-            wrong = row[(row < 0) | (row >= self.vocab_size)]
+        if arrays and self._outside(np.concatenate(arrays)).any():  # all at once: a batch has many short rows
+            i, wrong = next((i, row[outside]) for i, row in enumerate(arrays) if (outside := self._outside(row)).any())
             raise InvalidArgument(
                 f"{field}[{i}] has the token id {wrong[0]}, but the reference {self.name!r} knows ids from 0 to "
                 f"{self.vocab_size - 1}: was the sample made with another tokenizer?"
             )
         return [row.astype(np.int64) for row in arrays]  # of their own: they wait, and a padded matrix need not
 
-    def _outside(self, ids: np.ndarray) -> bool:
-        """Whether any id is outside the vocabulary; there is at least one."""
-        return bool(ids.min() < 0 or ids.max() >= self.vocab_size)
+    def _outside(self, ids: np.ndarray) -> np.ndarray:
+        """[n] bool, of each id whether the vocabulary lacks it."""
+        outside: np.ndarray = (ids < 0) | (ids >= self.vocab_size)
+        return outside
 
     @torch.inference_mode()
     def _score(self, packs: Sequence[Pack]) -> Tensor:

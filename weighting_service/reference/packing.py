@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from weighting_contract.rows import padded
+
 # A pack that has this share of its budget ends where longer rows would make more than a tenth of it padding; below it,
 # another pass costs more than the padding.
 _WORTH_A_PASS = 1 / 8
@@ -77,9 +79,9 @@ def pack_rows(rows: Sequence[np.ndarray], tokens_per_pack: int) -> list[Pack]:
     real = 0
     for i in order:
         width = len(rows[i]) - 1
-        padded = (len(held) + 1) * width
-        wasteful = real + width < _LEAST_EFFICIENCY * padded and padded > _WORTH_A_PASS * tokens_per_pack
-        if held and (padded > tokens_per_pack or wasteful):
+        places = (len(held) + 1) * width
+        wasteful = real + width < _LEAST_EFFICIENCY * places and places > _WORTH_A_PASS * tokens_per_pack
+        if held and (places > tokens_per_pack or wasteful):
             packs.append(pad_rows(rows, held))
             held, real = [], 0
         held.append(i)
@@ -91,8 +93,4 @@ def pack_rows(rows: Sequence[np.ndarray], tokens_per_pack: int) -> list[Pack]:
 
 def pad_rows(rows: Sequence[np.ndarray], indices: Sequence[int]) -> Pack:
     """One pack of `rows[i]` for each of `indices`, in this order."""
-    lengths = np.array([len(rows[i]) for i in indices], np.int64)
-    tokens = np.zeros((len(indices), int(lengths.max())), np.int64)
-    for place, i in enumerate(indices):
-        tokens[place, : lengths[place]] = rows[i]
-    return Pack(tuple(indices), tokens, lengths)
+    return Pack(tuple(indices), *padded([rows[i] for i in indices]))
